@@ -286,6 +286,19 @@ def test_steps_are_found_by_what_they_depend_on(tmp_path: Path) -> None:
         (lambda value: value["layers"][0]["layers"][0].pop("ms"), "damaged"),
         (lambda value: value["examples"][0]["annotated"].append([1, 2]), "damaged"),
         (lambda value: value["environment"].update(packages=None), "damaged"),
+        (lambda value: value["environment"].update(gpus=[{"slowed_by": 3}]), "slowed_by"),
+        (lambda value: value["engines"][0].update(calibration=[1]), "calibration"),
+        (lambda value: value["engines"][0].update(calibration={"tried": [{}]}), "tried"),
+        (lambda value: value["engines"][0].update(float_layers=3), "float_layers"),
+        (lambda value: value["engines"][0].update(bytes=10**400), "bytes"),
+        (lambda value: value["engines"][0].update(APs="?"), "APs"),
+        (lambda value: value["timings"][0].update(batch=10**400), "batch"),
+        (
+            lambda value: value["timings"][0]["latency_ms"].update(
+                median=1e308, interval=[1, 1e308]
+            ),
+            "median",
+        ),
     ],
 )
 def test_damaged_results_are_refused(

@@ -147,6 +147,32 @@ def test_a_bare_file_is_read_alike(name: str, tmp_path: Path) -> None:
 
 
 @each_export
+def test_an_output_for_debugging_before_the_detectors_is_dropped(name: str, tmp_path: Path) -> None:
+    # 7 rows of 256: alone they would be a detector's, for another size of the input.
+    path, decoder = written(name, tmp_path), decoder_of(name)
+    model = onnx.load(path)
+    source = model.graph.input[0]
+    batch = source.type.tensor_type.shape.dim[0].dim_value or "batch"
+    ones = ", ".join(["1"] * 7 * 48)
+    made = onnx.parser.parse_graph(f"""
+        debug () => () <float[7, 3, 4, 4] w = {{ {ones} }}, int64[3] rows = {{ 0, 7, 256 }}> {{
+            pooled = Conv <strides = [4, 4]> ({source.name}, w)
+            features = Reshape (pooled, rows)
+        }}""")
+    model.graph.node.extend(made.node)
+    model.graph.initializer.extend(made.initializer)
+    features = onnx.helper.make_tensor_value_info("features", 1, [batch, 7, 256])
+    model.graph.output.insert(0, features)
+    onnx.save(model, path)
+    graph = graph_from_onnx(path, decoder=decoder)
+    with load_engine(path, options=LoadOptions(decoder=decoder)) as engine:
+        assert engine.dropped_outputs == ("features",)
+        assert engine.output_layout == graph.output_layout == EXPORTS[name].layout
+        image, boxes = families.picture(engine.preprocessing.fit)
+        assert_found(detect(engine, [image], OPTIONS)[0], boxes, EXPORTS[name].score)
+
+
+@each_export
 def test_ap_is_1_with_the_familys_images_only(name: str, tmp_path: Path) -> None:
     export = EXPORTS[name]
     own = FAMILIES[export.family].preprocessing

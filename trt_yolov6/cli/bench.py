@@ -22,13 +22,17 @@ def add(commands: common.Commands) -> None:
         "--streams", type=common.positive, default=1, help="batches in flight on a GPU (1)"
     )
     parser.add_argument(
-        "--duration", type=float, default=10.0, help="seconds to measure each engine at most (10)"
+        "--duration",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="longest time to measure each engine (10)",
     )
     parser.add_argument("--layers", action="store_true", help="TensorRT: also time each layer")
     parser.add_argument(
         "--end-to-end",
         action="store_true",
-        help="also time decoding, letterbox and NMS, in sequence",
+        help="time decoding, letterbox and NMS as well, one after the other",
     )
     parser.add_argument(
         "--stages",
@@ -39,6 +43,7 @@ def add(commands: common.Commands) -> None:
         "--source",
         dest="images",
         type=Path,
+        metavar="DIR",
         help=f"images for --end-to-end and --stages ({common.SAMPLE_IMAGES})",
     )
     common.add_thresholds(parser)

@@ -63,7 +63,6 @@ def with_one_input(
             f"{path} has the inputs {names}; a detector with one image input is needed (and at "
             f"most {SCALE_FACTOR} and {IMAGE_SHAPE} besides)."
         )
-    image = next(item for item in inputs if item not in others)
     for item in others:
         spec = value_spec(item, path)
         if len(spec.shape) != 2 or spec.dtype.kind not in "fiu":
@@ -71,8 +70,9 @@ def with_one_input(
                 f"{path} takes {spec.name} as {spec.dtype} {list(spec.shape)}, not as numbers "
                 "(batch, 2); a detector that PaddleDetection exported is needed."
             )
-        is_factor = item.name == SCALE_FACTOR
-        row = (1.0, 1.0) if is_factor else image_size or _size_of(image, path)
+        row = (1, 1) if item.name == SCALE_FACTOR else image_size or input_size(model, path)
+        if row is None:
+            raise UserError(f"{path} leaves its image size free; fix it with `image_size`.")
         # One row serves a free batch: it is broadcast.
         value = np.tile(np.array(row, spec.dtype), (spec.shape[0] or 1, 1))
         add_initializers(model.graph, {item.name: value})
@@ -82,8 +82,12 @@ def with_one_input(
     return model
 
 
-def _size_of(image: Any, path: str | Path) -> tuple[float, float]:
-    sides = [dim.dim_value for dim in image.type.tensor_type.shape.dim[2:]]
-    if len(sides) != 2 or min(sides) <= 0:
-        raise UserError(f"{path} leaves its image size free; fix it with `image_size`.")
-    return sides[0], sides[1]
+def input_size(model: onnx.ModelProto, path: str | Path) -> tuple[int, int] | None:
+    """Return height and width in pixels of a graph's image input; None where one is free."""
+    for item in runtime_inputs(model):
+        if item.name not in (SCALE_FACTOR, IMAGE_SHAPE):
+            spec = value_spec(item, path)
+            match spec.shape[1:3] if spec.dtype == np.uint8 else spec.shape[2:]:
+                case (int(height), int(width)):
+                    return height, width
+    return None

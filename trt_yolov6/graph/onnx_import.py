@@ -59,7 +59,7 @@ def graph_from_onnx(
     model = with_one_input(model, path, image_size)
     size, profile = _fix_input(model, path, image_size, batch, metadata)
     _fill_in_output_shapes(model)
-    dropped = drop_other_outputs(model, path, size, decoder)
+    dropped = drop_other_outputs(model, path, decoder)
     outputs = [value_spec(item, path) for item in model.graph.output]
     family, layout = recognize(facts_of(model, outputs, size), path, decoder)
     precision = graph_precision(model)

@@ -12,6 +12,7 @@ from trt_yolov6.detectors.recognition import GraphFacts, is_detector
 from trt_yolov6.graph.editing import drop_unread_initializers, set_nodes
 from trt_yolov6.graph.files import value_spec
 from trt_yolov6.graph.index import GraphIndex
+from trt_yolov6.graph.inputs import input_size
 from trt_yolov6.graph.operators import UNDECODED_OPS, WEIGHTED_OPS
 from trt_yolov6.spec import TensorSpec
 
@@ -20,10 +21,7 @@ _MOST_OUTPUTS = 8
 
 
 def drop_other_outputs(
-    model: onnx.ModelProto,
-    path: str | Path,
-    size: tuple[int, int] | None = None,
-    decoder: str | None = None,
+    model: onnx.ModelProto, path: str | Path, decoder: str | None = None
 ) -> tuple[str, ...]:
     """Drop outputs that are not a detector's, and the nodes that only they needed.
 
@@ -33,13 +31,13 @@ def drop_other_outputs(
     Args:
         model: changed in place where its outputs together are of no known layout.
         path: of the model, for messages.
-        size: height and width of its input, where known.
         decoder: the family whose layouts are looked for; None for all.
 
     Returns:
         The names of those dropped; none where no part of the outputs is a detector's either.
     """
     names = tuple(item.name for item in model.graph.output)
+    size = input_size(model, path)
 
     def fits(names: tuple[str, ...], only_known_anchors: bool) -> bool:
         chosen = [item for item in model.graph.output if item.name in names]

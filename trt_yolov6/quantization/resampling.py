@@ -183,10 +183,12 @@ def _precision(one: _Class, draws: NDArray[np.int64]) -> float | None:
     # by one, except for the order of equals.
     true = np.cumsum(one.hits[:, drawn] * counts, axis=1)
     seen = np.cumsum(counts)
-    precision = true / np.maximum(seen, 1)
-    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    total = 0.0
-    for row, best in zip(true, envelope, strict=True):
-        at = np.searchsorted(row / objects, _RECALLS, side="left")
-        total += float(best[at[at < len(best)]].sum())
-    return total / (len(_RECALLS) * len(true))
+    # Precision at each place or any further on, and none where a recall is not reached.
+    envelope = np.zeros((len(true), len(seen) + 1))
+    envelope[:, :-1] = np.maximum.accumulate((true / seen)[:, ::-1], axis=1)[:, ::-1]
+    needed = np.searchsorted(np.arange(objects + 1) / objects, _RECALLS)
+    # One search serves all thresholds: each one's counts are above those of the one before.
+    row = np.arange(len(true))[:, None]
+    above = row * (objects + 1)
+    at = np.searchsorted((true + above).ravel(), needed + above) - row * len(seen)
+    return float(np.take_along_axis(envelope, at, axis=1).mean())
