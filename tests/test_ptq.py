@@ -496,7 +496,7 @@ def test_a_sample_with_rescaled_channels_survives(
     # The same function, which plain min-max takes to an AP of 0.01.
     model = rescale_channels(sample_320.model, np.random.default_rng(0), 1, 256, log_uniform=False)
     # Which weights are rounded how is another question.
-    settings = QuantizationSettings(calibrator="minmax", image_limit=16, reconstruct=False)
+    settings = QuantizationSettings(calibrator="minmax", image_limit=3, reconstruct=False)
     result = quantize(dataclasses.replace(sample_320, model=model), root / "calib", settings)
     assert result.table.variant != "plain"
     few = first_images(load_coco(root / "samples"), 16)

@@ -209,11 +209,8 @@ def _conv_act(like: nn.Conv2d, kernel: Tensor, bias: Tensor, act: nn.Module) -> 
         like.stride[0],
         height // 2,
         groups=like.groups,
-        dtype=like.weight.dtype,
-        device=like.weight.device,
+        device="meta",  # random weights would take longer than the rest
     )
-    assert conv.bias is not None
-    with torch.no_grad():
-        conv.weight.copy_(kernel)
-        conv.bias.copy_(bias)
+    conv.weight = nn.Parameter(kernel.to(like.weight.dtype))
+    conv.bias = nn.Parameter(bias.to(like.weight.dtype))
     return ConvAct(conv, copy.deepcopy(act)).eval()
