@@ -55,7 +55,7 @@ _COMMANDS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0 done, 1 a comparison fell short of its baseline, 2 wrong usage or bad input.
+    0 done, 1 a comparison fell short of its baseline, 2 wrong usage or bad input, 130 interrupted.
     """
     _prepare_streams()
     options = parser().parse_args(arguments)
