@@ -260,10 +260,10 @@ def _class_names(file: Path, content: DataYaml) -> dict[int, str]:
     if isinstance(names, list):
         names = dict(enumerate(names))
     try:
-        numbered = {int(key): str(name) for key, name in dict(names or ()).items()}
-    except (ValueError, TypeError, OverflowError):
+        numbered = {int(key): name for key, name in dict(names or ()).items()}
+    except (ValueError, TypeError):
         numbered = {}
-    if not numbered:
+    if not numbered or not all(isinstance(name, str) for name in numbered.values()):
         raise UserError(f"{file} has no list 'names'; give the class names there.")
     count = content.get("nc")
     # With gaps in the numbers, some count them, too.
