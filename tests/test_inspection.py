@@ -309,8 +309,8 @@ def test_a_calibration_is_told_in_words_without_its_trials(tmp_path: Path) -> No
     }
     write_manifest(path, dataclasses.replace(manifest_for(path), calibration=calibration))
     inspection = inspect_file(path)
-    (line,) = [line for line in format_inspection(inspection).splitlines() if "calibration" in line]
-    assert line.split(maxsplit=1)[1] == (
+    rows = dict(line.split(maxsplit=1) for line in format_inspection(inspection).splitlines())
+    assert rows["calibration"] == (
         "calibrator margin, biases corrected, images 32, agreement interval 0.92 to 0.95, "
         "judged on images 16, held out, 2 ways tried (--json lists them)"
     )
