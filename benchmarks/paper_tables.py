@@ -133,17 +133,18 @@ choice changes, not the figures themselves.
 """
 
 HOW = """Each AP of ours, in percent, is of {folds} networks, trained in five-fold \
-cross-validation over all {images} images: each judges the fold that it never saw. Where two \
-intervals of 95 % are given, the first is Student's over the folds, which differ in images and \
-seeds: it knows what chance does in training, from five values. The second is a bootstrap over the \
-images, of the AP of all folds' detections together. Differences are paired: the same folds, seeds \
-and draws. "Agree" means that each interval of the difference excludes zero on the paper's side, \
-"contradict" on the other side, "cannot tell" that one includes zero.
+cross-validation over all {images} images: each network is evaluated on the fold that it never saw.
 
-The seed of a fold is its number. What was trained again, with that number plus 100, is marked \
-"two seeds" and stands for the mean of both: the luck of one that others are compared with would \
-be in every difference. Where a network is compared with itself, in INT8 or with other inputs, \
-both are of the same seeds.
+- **Intervals** are of 95 %. The first is Student's over the folds, which differ in images and \
+seeds: it covers chance in training, from five values. The second is a bootstrap over the images, \
+of the AP of all folds' detections together.
+- **Differences** are paired: the same folds, seeds and draws. "Agree" means that each interval of \
+the difference excludes zero on the paper's side, "contradict" on the other side, and "cannot \
+tell" that one includes zero.
+- **Seeds.** The seed of a fold is its number. "Two seeds" marks the mean of two trainings, the \
+second with that number plus 100. Among these are the networks that others are compared with: \
+their luck would otherwise be in every difference. A network that is compared with itself, in INT8 \
+or with other inputs, has the same seeds on both sides.
 """
 
 
@@ -153,7 +154,7 @@ def how_ours_came_about() -> str:
     if data is None:
         return f"{NOT_MEASURED}\n"
     parts = [HOW.format(images=data["images"], folds=data["folds"])]
-    parts.append("So much is chance, trained again with five other seeds:\n")
+    parts.append("This much is chance: differences between two trainings with other seeds:\n")
     again = [
         [f"`{row['base']}`", _points(row["folds"]), _points(row["images"])]
         for row in data["repeats"]

@@ -75,7 +75,7 @@ def test_build_without_arguments_takes_the_sample_and_says_so(
 ) -> None:
     assert main(["build", "--backend", "onnxruntime", "--quiet"]) == 0
     captured = capsys.readouterr()
-    assert "taking the sample checkpoint" in captured.out
+    assert "taking the sample's, samples/yolov6n_bccd.pt" in captured.out
     assert "next, " not in captured.out  # --quiet
     assert "engines/yolov6n_bccd-fp32.onnx" in captured.out
     manifest = json.loads((workplace / "engines" / "yolov6n_bccd-fp32.json").read_text())
@@ -153,7 +153,7 @@ def test_samples_that_are_not_here_are_not_offered(
     load_tiny(tmp_path).close()
     for stages in ("--end-to-end", "--stages"):
         said = refusal(capsys, "bench", "--engine", "tiny_split_None_False.onnx", stages)
-        assert said.endswith("are not here; name images with --source.")
+        assert said.endswith("samples/images/val is not here; name yours with --source.")
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("build --weights FILE.pt")
 
@@ -250,6 +250,7 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["bench"], "trt-yolov6 build"),
         (["eval", "--engine", "engines/none.trt"], "engines/none.trt"),
         (["eval", "--conf", "2", "--engine", "none.onnx"], "none.onnx"),
+        (["sensitivity", "--plot", "x.jpg", "--onnx", "none.onnx"], "--plot x.jpg is not a PNG"),
         (["eval", "--plots", "samples/README.md", "--engine", "none.onnx"], "README.md is a file"),
         (["infer", "--source", "nowhere"], "trt-yolov6 build"),
         (["infer"], "--source"),
@@ -287,7 +288,7 @@ def test_calibration_without_images_asks_for_them(
     monkeypatch.chdir(tmp_path)
     write_tiny(tmp_path / "tiny.pt")
     said = refusal(capsys, "build", "--weights", "tiny.pt", "--int8")
-    assert "name a folder of images with --calib" in said
+    assert "the sample calib is not here; name yours with --calib" in said
 
 
 def test_a_checkpoint_is_built_though_it_is_given_as_an_onnx_file(tiny: str) -> None:

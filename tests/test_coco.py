@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ def test_annotations_get_ids_from_1_and_areas_where_missing(tmp_path: Path) -> N
     first, second = load_coco(tmp_path).annotations
     assert (first["id"], first["area"], first["iscrowd"]) == (1, 200, 0)
     assert (second["id"], second["area"]) == (2, 12.5)
-    write_dataset(tmp_path, annotations=[{**BOX, "area": 10**400}])
-    assert load_coco(tmp_path).annotations[0]["area"] == 12
+    for area in (10**400, math.nan, -1):
+        write_dataset(tmp_path, annotations=[{**BOX, "area": area}])
+        assert load_coco(tmp_path).annotations[0]["area"] == 12
 
 
 def test_the_sample_loads() -> None:

@@ -8,9 +8,12 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -99,6 +102,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory, plan: Plan) -> Path:
     folder = tmp_path_factory.mktemp("run")
     compare(plan, folder, progress=False)
     return folder
+
+
+def test_engines_and_onnx_files_are_compared_without_pytorch(tmp_path: Path, data: Path) -> None:
+    """The image of docker/cpu.Dockerfile leaves it out."""
+    file = write_detector(tmp_path / "coarse.onnx", 16)
+    arguments = ["compare", str(file), "--data", str(data), "--batches", "1", "--rounds", "3"]
+    arguments += ["--duration", "0.05", "--output", str(tmp_path / "run")]
+    code = "import sys; sys.modules['torch'] = None; from trt_yolov6.cli import main"
+    subprocess.run([sys.executable, "-c", f"{code}; sys.exit(main({arguments}))"], check=True)
+    assert read_results(tmp_path / "run" / "results.json")["engines"]
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -273,6 +286,19 @@ def test_steps_are_found_by_what_they_depend_on(tmp_path: Path) -> None:
         (lambda value: value["layers"][0]["layers"][0].pop("ms"), "damaged"),
         (lambda value: value["examples"][0]["annotated"].append([1, 2]), "damaged"),
         (lambda value: value["environment"].update(packages=None), "damaged"),
+        (lambda value: value["environment"].update(gpus=[{"slowed_by": 3}]), "slowed_by"),
+        (lambda value: value["engines"][0].update(calibration=[1]), "calibration"),
+        (lambda value: value["engines"][0].update(calibration={"tried": [{}]}), "tried"),
+        (lambda value: value["engines"][0].update(float_layers=3), "float_layers"),
+        (lambda value: value["engines"][0].update(bytes=10**400), "bytes"),
+        (lambda value: value["engines"][0].update(APs="?"), "APs"),
+        (lambda value: value["timings"][0].update(batch=10**400), "batch"),
+        (
+            lambda value: value["timings"][0]["latency_ms"].update(
+                median=1e308, interval=[1, 1e308]
+            ),
+            "median",
+        ),
     ],
 )
 def test_damaged_results_are_refused(
@@ -491,6 +517,51 @@ def test_other_preprocessing_is_evaluated_anew(tmp_path: Path) -> None:
     engine = tmp_path / "out" / "engines" / "n_fp32.onnx"
     assert ap(engine) == pytest.approx(1)
     assert ap(engine, "fit=letterbox") < 0.9
+
+
+def test_corrected_class_names_are_evaluated_again(tmp_path: Path) -> None:
+    # They stand in the manifest, too.
+    onnx.save(family_graphs.ppyoloe(), tmp_path / "ppyoloe.onnx")
+    data = family_graphs.write_dataset(tmp_path / "data", "stretch")
+    entry = ModelEntry(tmp_path / "ppyoloe.onnx", names=tmp_path / "n.txt", decoder="ppyoloe")
+    plan = Plan((entry,), batches=(1,), data=data, rounds=3, duration=0.1, layers=False)
+    found = []
+    for names in (family_graphs.NAMES[::-1], family_graphs.NAMES):
+        (tmp_path / "n.txt").write_text("\n".join(names))
+        results = compare(plan, tmp_path / "out", progress=False)
+        found.append(results["engines"][0]["AP"])
+    assert found[0] is not None
+    assert found[0] < 0.9
+    assert found[1] == pytest.approx(1)
+
+
+def test_a_graph_of_another_precision_is_called_by_it_and_takes_no_names(
+    data: Path, tmp_path: Path
+) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    path = tmp_path / "dynamic.onnx"
+    quantize_dynamic(write_detector(tmp_path / "float.onnx", 16), path)
+    plan = Plan((ModelEntry(path),), batches=(1,), data=data, rounds=3, duration=0.1, layers=False)
+    (engine,) = compare(plan, tmp_path / "run", progress=False)["engines"]
+    assert (engine["engine"], engine["precision"]) == ("dynamic int8-dynamic", "int8-dynamic")
+    named = dataclasses.replace(plan, models=(ModelEntry(path, names=tmp_path / "names.txt"),))
+    with pytest.raises(UserError, match=r"int8-dynamic already .* leave `names` out"):
+        compare(named, tmp_path / "run", progress=False)
+
+
+def test_a_strip_of_pixels_may_be_an_example(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    cv2.imwrite(str(data / "strip.png"), np.full((2, 5000, 3), 90, np.uint8))
+    (data / "data.yaml").write_text("names: [a, b, c]\nval: .\n")
+    (data / "strip.txt").write_text("0 0.5 0.5 0.5 1\n")
+    detector = write_detector(tmp_path / "n.onnx", 16)
+    plan = Plan((ModelEntry(detector),), batches=(1,), data=data, rounds=3, duration=0.1)
+    compare(plan, tmp_path / "out", progress=False)
+    picture = cv2.imread(str(tmp_path / "out" / "examples" / "0.jpg"))
+    assert picture is not None
+    assert picture.shape == (1, 640, 3)
 
 
 def test_a_baseline_of_something_else_is_refused_before_anything_is_measured(

@@ -39,6 +39,13 @@ rounds: 5
     )
     one = plan_of("n.pt", precisions="int8", batches=4, backends="onnxruntime")
     assert (one.precisions, one.batches, one.backends) == (("int8",), (4,), ("onnxruntime",))
+    changed = plan_of(one, precisions="fp16", batches=8, data="other")
+    assert changed == Plan(one.models, ("fp16",), (8,), ("onnxruntime",), Path("other"))
+    for batches in (("1",), (1.5,), (True,), (None,)):
+        with pytest.raises(UserError, match="batch sizes are whole numbers"):
+            plan_of(one, batches=batches)
+    with pytest.raises(UserError, match="None is not a precision"):
+        plan_of(one, precisions=(None,))
 
 
 @pytest.mark.parametrize(
@@ -101,5 +108,5 @@ def test_other_precisions_are_refused(text: str) -> None:
 
 
 def test_files_of_other_kinds_are_refused() -> None:
-    with pytest.raises(UserError, match=r"table\.csv is neither"):
-        plan_of([Path("n.pt"), Path("table.csv")])
+    with pytest.raises(UserError, match=r"table\.csv is not a checkpoint.*\.pth"):
+        plan_of([Path("n.pth"), Path("table.csv")])

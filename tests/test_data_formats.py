@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +341,25 @@ def test_class_names_are_the_words_that_the_yaml_has(tmp_path: Path) -> None:
     assert load_coco(tmp_path).class_names == ("1.10", "null")
 
 
+def test_a_split_may_be_a_number_and_a_key_without_a_value_is_none(tmp_path: Path) -> None:
+    write_yolo(tmp_path, "2017", "2017")
+    (tmp_path / "data.yaml").write_text(
+        "train: ~\nval: 2017\ntest:\nnames: [dog, cat]\nnc: null\nkpt_shape:\n"
+    )
+    assert objects(load_coco(tmp_path)) == EXPECTED
+
+
+def test_images_that_share_a_label_file_are_noted(tmp_path: Path) -> None:
+    write_yolo(tmp_path)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "images" / "val" / "a.jpg")
+    (note,) = load_coco(tmp_path, "val").notes
+    assert "images of val share 1 label file," in note
+    assert "labels/val/a.txt, of a.jpg and a.png" in note
+    (tmp_path / "labels" / "val" / "a.txt").unlink()
+    (note,) = load_coco(tmp_path, "val").notes
+    assert "2 of 3 images of val have no label file" in note
+
+
 def test_a_listed_image_that_is_missing_is_not_said_to_lack_labels(tmp_path: Path) -> None:
     write_yolo(tmp_path, val="lists/val.txt")
     (tmp_path / "lists").mkdir()
@@ -392,7 +411,7 @@ def test_a_label_that_cannot_be_meant_is_named(tmp_path: Path, line: str, said: 
         ("[1", "is not a YAML file"),
         ("7", "does not hold keys"),
         ("names: {one: a, two: b}\nval: images/val", "no list 'names'"),
-        ("names: [a]\nval: [images/val, 7]", r"has val: \['images/val', 7\]; give a folder"),
+        ("names: [a]\nval: [images/val, [7]]", r"has val: .*'images/val', .*; give a folder"),
         ("names: [a]\nval: labels/val", "val has no image in .*labels"),
     ],
 )
@@ -482,9 +501,18 @@ def test_voc_beside_the_images_is_read_and_difficult_objects_do_not_count(tmp_pa
     images(tmp_path / "valid")
     for name in BOXES:
         (tmp_path / "valid" / f"{name}.xml").write_text(voc_xml(name, int(name == "b")))
-    dataset = load_coco(tmp_path, "val")
+    (tmp_path / ".idea").mkdir()
+    for hidden in (".idea/misc.xml", "valid/._a.xml"):
+        (tmp_path / hidden).write_text("<project/>")
+    dataset = load_coco(tmp_path)
     assert objects(dataset) == EXPECTED
     assert [entry["iscrowd"] for entry in dataset.annotations] == [0, 0, 1]
+    file = tmp_path / "valid" / "b.xml"
+    file.write_text(file.read_text().replace("<name>dog</name>", ""))
+    with pytest.raises(
+        UserError, match=r"b\.xml object 1 is of category None, which is not listed"
+    ):
+        load_coco(tmp_path, "val")
     for text, said in (("<annotation>", "an XML file"), ("<other/>", "a Pascal VOC annotation")):
         (tmp_path / "valid" / "b.xml").write_text(text)
         with pytest.raises(UserError, match=rf"b\.xml is not {said}"):
@@ -506,6 +534,17 @@ def test_class_names_are_a_text_file_s_lines_or_coco_s_categories_by_id(
     assert read_class_names(categories) == ("dog", "cat")
 
 
+@pytest.mark.parametrize("ids", [range(1, 13), map(str, range(1, 13)), "lkjihgfedcba"])
+def test_a_list_of_names_has_the_order_of_the_data_set(
+    tmp_path: Path, ids: Iterable[object]
+) -> None:
+    content: dict[str, Any] = {"images": coco_content()["images"], "annotations": []}
+    content["categories"] = [{"id": own, "name": f"class {own}"} for own in ids][::-1]
+    dataset = load_coco(write_coco(tmp_path, content))
+    assert len(dataset.class_names) == 12
+    assert read_class_names(dataset.annotation_file) == dataset.class_names
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -513,7 +552,9 @@ def test_class_names_are_a_text_file_s_lines_or_coco_s_categories_by_id(
         ("bytes.txt", b"\xff\xfe\xfd", "not a readable text file"),
         ("empty.txt", b" \n", "is empty; write one class name a line"),
         ("data.yaml", b"names: [cat]\n", "not a list of names; give a file of one a line"),
-        ("cut.json", b"{", "has no COCO categories"),
+        ("cut.json", b"{", "is not a JSON file"),
+        ("deep.json", b"[" * 100_000, "is not a JSON file"),
+        ("bare.json", b'{"categories": []}', "has no COCO categories"),
         ("list.json", b"[1]", "has no COCO categories"),
         ("nameless.json", b'{"categories": [{"id": 1}]}', "has no COCO categories"),
     ],

@@ -146,6 +146,50 @@ def test_a_bare_file_is_read_alike(name: str, tmp_path: Path) -> None:
     assert_found(found, boxes, export.score)
 
 
+@pytest.mark.parametrize("free", [0, -1])
+@each_export
+def test_lengths_that_the_file_leaves_free_are_worked_out(
+    name: str, free: int, tmp_path: Path
+) -> None:
+    path, decoder = written(name, tmp_path), decoder_of(name)
+    model = onnx.load(path)
+    for output in model.graph.output:
+        for axis in output.type.tensor_type.shape.dim:
+            axis.Clear()
+            axis.dim_value = free
+    onnx.save(model, path)
+    graph = graph_from_onnx(path, decoder=decoder)
+    assert (graph.decoder, graph.output_layout) == (EXPORTS[name].family, EXPORTS[name].layout)
+    with load_engine(path, options=LoadOptions(decoder=decoder)) as engine:
+        assert engine.detector == graph.detector
+
+
+@each_export
+def test_an_output_for_debugging_before_the_detectors_is_dropped(name: str, tmp_path: Path) -> None:
+    # 7 rows of 256: alone they would be a detector's, for another size of the input.
+    path, decoder = written(name, tmp_path), decoder_of(name)
+    model = onnx.load(path)
+    source = model.graph.input[0]
+    batch = source.type.tensor_type.shape.dim[0].dim_value or "batch"
+    ones = ", ".join(["1"] * 7 * 48)
+    made = onnx.parser.parse_graph(f"""
+        debug () => () <float[7, 3, 4, 4] w = {{ {ones} }}, int64[3] rows = {{ 0, 7, 256 }}> {{
+            pooled = Conv <strides = [4, 4]> ({source.name}, w)
+            features = Reshape (pooled, rows)
+        }}""")
+    model.graph.node.extend(made.node)
+    model.graph.initializer.extend(made.initializer)
+    features = onnx.helper.make_tensor_value_info("features", 1, [batch, 7, 256])
+    model.graph.output.insert(0, features)
+    onnx.save(model, path)
+    graph = graph_from_onnx(path, decoder=decoder)
+    with load_engine(path, options=LoadOptions(decoder=decoder)) as engine:
+        assert engine.dropped_outputs == ("features",)
+        assert engine.output_layout == graph.output_layout == EXPORTS[name].layout
+        image, boxes = families.picture(engine.preprocessing.fit)
+        assert_found(detect(engine, [image], OPTIONS)[0], boxes, EXPORTS[name].score)
+
+
 @each_export
 def test_ap_is_1_with_the_familys_images_only(name: str, tmp_path: Path) -> None:
     export = EXPORTS[name]
@@ -352,6 +396,21 @@ def test_boxes_and_scores_by_class_come_in_either_order() -> None:
         assert (family.name, layout) == ("ppyoloe", "split_by_class")
 
 
+def test_scores_with_an_anchor_a_row_are_not_taken_for_scores_by_class(tmp_path: Path) -> None:
+    # As YOLO-NAS is exported. Its anchors would be taken for classes, its classes for anchors.
+    graph = facts(("pred_bboxes", [1, 8400, 4]), ("pred_scores", [1, 8400, 80]))
+    with pytest.raises(UserError, match="no layout that `decoder` ppyoloe reads"):
+        recognize(graph, "nas.onnx", "ppyoloe")
+    with pytest.raises(UserError, match="no known layout"):
+        recognize(graph, "nas.onnx")
+    # With free axes only the outputs show it.
+    free = facts(("pred_bboxes", [None, None, 4]), ("pred_scores", [None, None, 80]))
+    assert recognize(free, "nas.onnx", "ppyoloe")[1] == "split_by_class"
+    outputs = {"pred_bboxes": np.zeros((1, 84, 4)), "pred_scores": np.zeros((1, 84, 3))}
+    with pytest.raises(UserError, match=r"do not have scores \(batch, classes, anchors\)"):
+        postprocess(outputs, "split_by_class", NMS, [fit((64, 64), (64, 64))])
+
+
 def test_a_named_decoder_is_asked_for_its_own_layouts() -> None:
     columns, rows = facts(("output0", [1, 84, 8400])), facts(("output0", [1, 8400, 85]))
     assert is_detector(columns, "yolov8")
@@ -516,6 +575,23 @@ def test_inputs_beside_the_image_become_constants(tmp_path: Path) -> None:
         graph_from_onnx(path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("FLOAT", []), ("FLOAT", [2]), ("FLOAT", [1, 2, 1]), ("STRING", [1, 2])]
+)
+def test_a_scale_factor_of_another_shape_or_type_is_refused(
+    kind: str, shape: list[int], tmp_path: Path
+) -> None:
+    model = families.ppyoloe()
+    (factor,) = (item for item in model.graph.input if item.name == "scale_factor")
+    model.graph.input.remove(factor)
+    elem_type = onnx.TensorProto.DataType.Value(kind)
+    odd = onnx.helper.make_tensor_value_info("scale_factor", elem_type, shape)
+    model.graph.input.append(odd)
+    onnx.save(model, tmp_path / "odd.onnx")
+    with pytest.raises(UserError, match="takes scale_factor as"):
+        graph_from_onnx(tmp_path / "odd.onnx", decoder="ppyoloe")
+
+
 def test_names_and_size_are_read_from_the_metadata(tmp_path: Path) -> None:
     model = families.yolov8()
     dims = model.graph.input[0].type.tensor_type.shape.dim
@@ -533,7 +609,11 @@ def test_names_and_size_are_read_from_the_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", ["__import__('os').system('true')", "{0: 'a', 'x': 'b'}", "{[]: 1}", "{" * 5000, "3"]
+    "names",
+    [
+        *("__import__('os').system('true')", "{0: 'a', 'x': 'b'}", "{[]: 1}", "{" * 5000, "3"),
+        *("{0: 'a', 2: 'b', 3: 'c'}", "{1: 'a', 2: 'b', 3: 'c'}", "{0: 'a', 1: 'b', '1': 'c'}"),
+    ],
 )
 def test_metadata_that_is_no_list_of_names_is_left_alone(names: str, tmp_path: Path) -> None:
     model = families.yolov8(metadata=False)

@@ -44,6 +44,12 @@ def test_a_file_gets_the_permissions_of_a_plain_open(tmp_path: Path) -> None:
     assert len(modes) == 1
 
 
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    name = "a" * 251 + ".png"
+    write_bytes(tmp_path / name, b"whole")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"whole")]
+
+
 def test_a_link_is_followed_not_replaced(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_bytes(b"old")

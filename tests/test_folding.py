@@ -9,8 +9,10 @@ import cv2
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
@@ -117,6 +119,43 @@ def test_a_convolution_that_others_read_keeps_its_normalization() -> None:
     np.testing.assert_allclose(
         outputs(result, images), outputs(model, images), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("read", ["convolved", "weights"])
+def test_what_a_branch_reads_as_well_stays_as_it_is(read: str) -> None:
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 2, 4, 4))
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 3, 4, 4))
+    one = helper.make_tensor_value_info("one", TensorProto.FLOAT, ())
+    branches = {
+        name: helper.make_graph([helper.make_node(op, [read], ["one"], keepdims=0)], op, [], [one])
+        for name, op in (("then_branch", "ReduceSum"), ("else_branch", "ReduceMax"))
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "weights"], ["convolved"]),
+        helper.make_node("BatchNormalization", ["convolved", "a", "b", "c", "d"], ["normal"]),
+        helper.make_node("If", ["condition"], ["chosen"], **branches),
+        helper.make_node("Mul", ["normal", "chosen"], ["y"]),
+    ]
+    stored = [numpy_helper.from_array(RNG.uniform(1, 2, 3).astype(np.float32), n) for n in "abcd"]
+    stored += [
+        numpy_helper.from_array(RNG.uniform(1, 2, (3, 2, 1, 1)).astype(np.float32), "weights"),
+        numpy_helper.from_array(np.array(True), "condition"),
+    ]
+    graph = helper.make_graph(nodes, "branches", [image], [result], stored)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    value = {"x": RNG.normal(size=(1, 2, 4, 4)).astype(np.float32)}
+    (expected,) = ReferenceEvaluator(model).run(None, value)
+    onnx.checker.check_model(with_folded_weights(model), full_check=True)
+    np.testing.assert_allclose(ReferenceEvaluator(model).run(None, value)[0], expected, rtol=1e-5)
+
+
+def test_a_normalization_by_the_batch_itself_is_not_folded() -> None:
+    model = as_paddle_writes()
+    norms = [node for node in model.graph.node if node.op_type == "BatchNormalization"]
+    norms[0].attribute.append(helper.make_attribute("training_mode", 1))
+    folded = with_folded_weights(model)
+    left = [node.output[0] for node in folded.graph.node if node.op_type == "BatchNormalization"]
+    assert left == [norms[0].output[0]]
 
 
 def test_a_convolution_in_one_dimension_is_folded_as_well() -> None:

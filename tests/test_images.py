@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from support.logs import logged
 
-from trt_yolov6.data.images import list_images, read_image, same_files
+from trt_yolov6.data.images import list_images, read_image, same_files, upright_size
 from trt_yolov6.errors import UserError
 
 
@@ -78,17 +79,42 @@ def test_16_bit_colour_keeps_its_channel_order() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_exif_orientation_turns_the_picture_upright(
-    picture: NDArray[np.uint8], kind: str, orientation: int
+    tmp_path: Path, picture: NDArray[np.uint8], kind: str, orientation: int
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(Image.fromarray(picture), kind, exif=exif)
-    read = read_image(data)
-    assert read.shape == ((48, 64, 3) if orientation < 5 else (64, 48, 3))
-    assert np.abs(read.astype(int) - with_pillow(data)).max() <= 1
-    assert read_image(data, as_stored=True).shape == (48, 64, 3)
+    path = tmp_path / f"turned.{kind.lower()}"
+    path.write_bytes(encode(Image.fromarray(picture), kind, exif=exif))
+    read, wanted = read_image(path), with_pillow(path.read_bytes())
+    assert read.shape == wanted.shape == ((48, 64, 3) if orientation < 5 else (64, 48, 3))
+    assert np.abs(read.astype(int) - wanted).mean() < 1
+    assert upright_size(path) == wanted.shape[1::-1]
+    if kind != "TIFF":  # OpenCV turns it in any case
+        assert read_image(path, as_stored=True).shape == (48, 64, 3)
+
+
+def test_the_orientation_of_a_png_may_follow_its_pixels(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    data = encode(Image.new("RGB", (64, 48)), "PNG")
+    length, checksum = (len(chunk) - 4).to_bytes(4, "big"), zlib.crc32(chunk).to_bytes(4, "big")
+    path = tmp_path / "late.png"
+    path.write_bytes(data[:-12] + length + chunk + checksum + data[-12:])
+    assert read_image(path).shape == with_pillow(path.read_bytes()).shape == (64, 48, 3)
+    assert upright_size(path) == (48, 64)
+
+
+def test_the_size_of_a_file_is_that_of_its_pixels_whatever_its_xmp_says(tmp_path: Path) -> None:
+    said = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
+    data = encode(Image.new("RGB", (64, 48)), "JPEG")
+    path = tmp_path / "xmp.jpg"
+    path.write_bytes(data[:2] + b"\xff\xe1" + (len(said) + 2).to_bytes(2, "big") + said + data[2:])
+    with Image.open(path) as image:
+        assert image.getexif()[0x0112] == 6
+    assert upright_size(path) == read_image(path).shape[1::-1] == (64, 48)
 
 
 def test_every_sample_image_is_read_as_pillow_reads_it() -> None:
@@ -165,6 +191,17 @@ def test_samples_of_32_bits_are_refused_because_their_range_is_unknown(
     encoded = cv2.imencode(".tiff", np.ones(shape, kind))[1].tobytes()
     with pytest.raises(UserError, match=f"has {kind.__name__} samples, whose range is unknown"):
         read_image(encoded)
+
+
+@pytest.mark.parametrize("look", [read_image, upright_size])
+def test_more_pixels_than_pillow_opens_are_called_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "large.avif"
+    path.write_bytes(encode(Image.new("RGB", (64, 48)), "AVIF"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"large\.avif has more pixels than are decoded"):
+        look(path)
 
 
 def test_a_missing_image_is_named(tmp_path: Path) -> None:

@@ -226,6 +226,16 @@ def test_lists_and_dictionaries_which_have_no_hash_may_be_nested_deeper() -> Non
     assert loaded(value) == value
 
 
+@pytest.mark.parametrize("call", [pickle.REDUCE, pickle.NEWOBJ])
+def test_a_tuple_is_not_made_of_a_list_that_hides_its_depth(call: bytes) -> None:
+    make = pickle.GLOBAL + b"builtins\ntuple\n" + pickle.EMPTY_LIST + pickle.BINGET + b"\x00"
+    deeper = pickle.BINPUT + b"\x00" + pickle.POP + make + pickle.APPEND + pickle.TUPLE1 + call
+    content = pickle.EMPTY_TUPLE + (LIMIT + 1) * deeper + b"."
+    assert pickle.loads(content) == nested(LIMIT + 1, ())
+    with pytest.raises(UserError, match=r"builtins\.tuple"):
+        load_inert(content, FILE)
+
+
 def test_a_memo_slot_is_no_number_above_the_opcodes_before_it() -> None:
     # Slot 1 is named by the third opcode, 5 of 4 before it by the fifth.
     assert load_inert(pickle.PROTO + b"\x02" + pickle.NONE + pickle.BINPUT + b"\x02.", FILE) is None

@@ -8,6 +8,7 @@ import functools
 import http.server
 import json
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -243,6 +244,22 @@ def test_a_picture_is_told_by_its_content(tmp_path: Path, engine: Engine) -> Non
     assert [path.name for path in summary.outputs] == ["a.mp4.jpg"]
 
 
+def test_frames_are_of_videos(tmp_path: Path, engine: Engine) -> None:
+    Image.fromarray(picture(1, 2, 0, 10)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="`frames` is for videos"):
+        infer_source(engine, tmp_path / "a.png", tmp_path / "out", frames=3, progress=False)
+
+
+def test_a_format_given_twice_is_one(tmp_path: Path, engine: Engine) -> None:
+    Image.fromarray(picture(1, 2, 0, 10)).save(tmp_path / "a.png")
+    formats: list[Any] = ["csv", "json", "csv"]
+    summary = infer_source(
+        engine, tmp_path / "a.png", tmp_path / "out", SURE, formats=formats, progress=False
+    )
+    assert [path.name for path in summary.files] == ["detections.csv", "detections.json"]
+    assert len((tmp_path / "out" / "detections.csv").read_text().splitlines()) == 2
+
+
 def test_frames_can_be_limited_and_stopped(tmp_path: Path, engine: Engine) -> None:
     write_video(tmp_path / "ride.avi", 20)
     options: dict[str, Any] = {"options": SURE, "progress": False}
@@ -360,6 +377,8 @@ def test_addresses_of_pictures_and_videos_are_fetched(
     options: dict[str, Any] = {"options": SURE, "progress": False}
     summary = infer_source(engine, f"{server}/a%20b.png", tmp_path / "out", **options)
     assert ([path.name for path in summary.outputs], summary.objects) == (["a_b.png"], 1)
+    (tmp_path / "a b.png").rename(tmp_path / "ä b.png")
+    assert infer_source(engine, f"{server}/ä b.png", tmp_path / "out", **options).objects == 1
     summary = infer_source(engine, f"{server}/ride.avi", tmp_path / "out", **options)
     assert (summary.images, summary.outputs[0].name) == (4, "ride.mp4")
     # A picture's name does not make one: it is tried as a video, too.
@@ -370,11 +389,28 @@ def test_addresses_of_pictures_and_videos_are_fetched(
         infer_source(engine, f"{server}/none.png", tmp_path / "out", **options)
 
 
+def test_what_answers_in_another_protocol_is_named(tmp_path: Path, engine: Engine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+                connection.recv(1000)
+
+        threading.Thread(target=answer, daemon=True).start()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/x.jpg"
+        with pytest.raises(UserError, match=r"does not answer \(SSH-2\.0-OpenSSH_9\.2\); check"):
+            infer_source(engine, address, tmp_path / "out", progress=False)
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
         ("rtsp://127.0.0.1:9/x", r"the stream rtsp://127\.0\.0\.1:9/x cannot be opened"),
         ("http://127.0.0.1:9/x.jpg", r"http://127\.0\.0\.1:9/x\.jpg does not answer"),
+        ("http://127.0.0.1:port/x.jpg", r"does not answer \(nonnumeric port"),
+        ("http://[::1/x.jpg", "is not an address"),
         ("98", "the camera 98 cannot be opened"),
         ("none/*.jpg", r"none/\*\.jpg matches no file"),
         ("file:///etc/passwd", "begins with file://, which is not supported"),

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.gpu import has_gpu
 
-from trt_yolov6.data.images import list_images, read_image
-from trt_yolov6.data.jpeg import Jpeg, exif_orientation, open_image, read_header
+from trt_yolov6.data.images import exif_orientation, list_images, read_image
+from trt_yolov6.data.jpeg import Jpeg, open_image, read_header
 from trt_yolov6.engines.cuda.jpeg import DecodedBatch, JpegDecoder, keep_for
 from trt_yolov6.errors import MissingDependencyError, UserError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support.small_graphs import SIZE, GraphWriter, detector, random_images
 
+from trt_yolov6.detectors.metadata import nms_in
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.files import graph_precision, has_other_files, read_onnx, sort_nodes
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.quantization.qdq.symmetric import with_symmetric_int8
-from trt_yolov6.spec import BatchProfile
+from trt_yolov6.spec import BatchProfile, NmsSettings
 
 
 def run(model: onnx.ModelProto, image: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
@@ -131,6 +133,19 @@ def test_outputs_for_debugging_are_dropped_and_named(tmp_path: Path, place: int)
         assert engine.infer(random_images(1)[0]).keys() == {"boxes", "scores"}
 
 
+def test_an_output_that_is_a_sequence_is_dropped(tmp_path: Path) -> None:
+    model = detector()
+    for output in model.graph.output:
+        output.type.tensor_type.shape.dim[1].dim_param = "anchors"
+    model.graph.node.append(helper.make_node("SequenceConstruct", ["images"], ["all"]))
+    some = helper.make_tensor_sequence_value_info("all", TensorProto.FLOAT, None)
+    model.graph.output.append(some)
+    path = save(model, tmp_path / "sequence.onnx")
+    assert graph_from_onnx(path).notes == ("dropped the output all: not a detector's",)
+    with load_engine(path) as engine:
+        assert engine.dropped_outputs == ("all",)
+
+
 def test_a_graph_of_which_nothing_is_a_detector_s_is_refused(tmp_path: Path) -> None:
     graph = GraphWriter()
     one = graph.conv_relu("one", "images", (3, 8))
@@ -200,6 +215,32 @@ def test_a_file_without_operators_and_one_that_is_not_there(tmp_path: Path) -> N
     assert not has_other_files(tmp_path / "empty.onnx")
     assert not has_other_files(tmp_path / "none.onnx")
     assert has_other_files(external(tmp_path / "outside"))
+
+
+@pytest.mark.parametrize("place", ["input", "weights", "weights in another file"])
+def test_a_type_that_onnx_does_not_know_is_refused(tmp_path: Path, place: str) -> None:
+    if place == "weights in another file":
+        path = external(tmp_path)
+        model = onnx.load(path, load_external_data=False)
+    else:
+        model, path = detector(), tmp_path / "odd.onnx"
+    if place == "input":
+        model.graph.input[0].type.tensor_type.elem_type = 99
+    else:
+        next(t for t in model.graph.initializer if len(t.dims) > 1).data_type = 99
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match=r"\.onnx has '[\w.]+'.* type"):
+        graph_from_onnx(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "[1]", "{", '{"max_detections": 10.5}', '{"confidence": "0.5"}', '{"iou": 7}'],
+)
+def test_thresholds_in_the_metadata_that_are_none_are_passed_over(text: str) -> None:
+    assert nms_in({"nms": text}) is None
+    own = NmsSettings(confidence=0.25, iou=0.5, max_detections=7)
+    assert nms_in({"nms": json.dumps(dataclasses.asdict(own))}) == own
 
 
 def test_dynamic_quantization_is_called_what_it_is(tmp_path: Path) -> None:

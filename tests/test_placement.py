@@ -279,13 +279,14 @@ class TestRules:
         )
         assert placement.unquantized_reads == frozenset()
 
-    def test_a_shortcut_around_silu_without_a_factor_has_one_pair(self) -> None:
+    def test_both_terms_of_a_shortcut_around_silu_are_quantized(self) -> None:
+        # As in the blocks of YOLOX and YOLOv5.
         graph = GraphWriter()
         trunk = graph.conv_relu("trunk", "images", (3, 8))
         branch = graph.conv("branch", trunk, (8, 8))
         branch = graph.node("Mul", [branch, graph.node("Sigmoid", [branch], "gate")], "act")
         graph.conv("after", graph.node("Add", [branch, trunk], "total"), (8, 4))
-        assert place(graph.model("after_out")).tensors == ("images", "trunk_relu", "total")
+        assert place(graph.model("after_out")).tensors == ("images", "trunk_relu", "act", "total")
 
     def test_squeeze_and_excitation_stays_in_float(self) -> None:
         graph = GraphWriter()

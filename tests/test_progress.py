@@ -12,7 +12,7 @@ from support.training_data import write_shapes, write_tiny
 
 from trt_yolov6.cli import main
 from trt_yolov6.common import progress
-from trt_yolov6.common.progress import a_line_a_minute, is_logged
+from trt_yolov6.common.progress import a_line_a_minute, is_logged, progress_bar
 
 
 def test_only_off_a_terminal_there_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,13 +25,28 @@ def test_only_off_a_terminal_there_are_lines(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_long_work_says_every_while_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "is_logged", lambda wanted: wanted)
-    with logged() as told, a_line_a_minute("building x.trt", seconds=0.05):
+    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    with logged() as told, a_line_a_minute("building x.trt"):
         time.sleep(0.3)
     assert 2 <= len(told) <= 6
     assert all(line.startswith("still building x.trt, ") for line in told)
-    with logged() as told, a_line_a_minute("x", progress=False, seconds=0.01):
-        time.sleep(0.05)
+    with logged() as told, a_line_a_minute("x", progress=False):
+        time.sleep(0.1)
     assert not told
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_bar_off_a_terminal_is_a_line_every_while(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wanted: bool
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.2)
+    with logged() as told, progress_bar(10, shown=wanted, desc="eval", unit="image") as bar:
+        for _ in range(10):
+            bar.update()
+            time.sleep(0.11)
+    assert (3 <= len(told) <= 6) is wanted
+    assert all(line.startswith("eval: ") and "image/s" in line for line in told)
+    assert not any(capsys.readouterr())
 
 
 def test_a_training_in_a_log_is_a_header_and_a_line_an_epoch(

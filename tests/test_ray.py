@@ -482,4 +482,10 @@ def test_mistakes_cost_one_line(
     assert "give jsonl or parquet" in complaint("--format", "yolo", "--ray", "local")
     assert "one --format" in complaint("--format", "jsonl", "parquet", "--ray", "local")
     assert "--frames" in complaint("--frames", "3", "--ray", "local")
+    odd = pictures / os.fsdecode(b"\xff.png")
+    odd.write_bytes(b"")
+    assert "is not a name in UTF-8" in complaint("--format", "parquet", "--ray", "local")
+    odd.unlink()
+    within = "--output", str(pictures / "below"), "--ray", "local"
+    assert "below lies within the source and holds images" in complaint(*within)
     assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import csv
 import html.parser
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.reports.material import read_material
 from trt_yolov6.reports.sections import pareto
 from trt_yolov6.reports.tables import NOTHING, quantization, rows_of
-from trt_yolov6.reports.write import csv_of, html_of, markdown_of
+from trt_yolov6.reports.write import csv_of, html_of, markdown_of, write_report
 
 ENGINES = (
     # label, precision, AP, ms at batch 1, ms at batch 32
@@ -362,6 +363,26 @@ def test_a_layer_of_no_time_is_shown(tmp_path: Path, results: dict[str, Any]) ->
         layer["ms"] = 0.0
     write_json(tmp_path / "results.json", results)
     assert "0.0 %" in html_of(read_material([tmp_path]))
+
+
+@pytest.mark.parametrize("picture", ["a\0.jpg", 5000 * "a", "examples", "none.jpg", ""])
+def test_a_picture_that_is_no_file_is_missing(
+    tmp_path: Path, results: dict[str, Any], picture: str
+) -> None:
+    results["examples"][0]["picture"] = picture
+    write_json(tmp_path / "results.json", results)
+    assert "1 picture could not be found" in html_of(read_material([tmp_path]))
+
+
+def test_names_that_are_not_utf_8_are_reported_with_question_marks(
+    tmp_path: Path, results: dict[str, Any]
+) -> None:
+    # As Python has the name of a file in Latin-1.
+    results["engines"][0]["label"] = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "results.json", results)
+    for name in ("r.html", "r.md", "r.csv"):
+        written = write_report(read_material([tmp_path]), tmp_path / name)
+        assert "caf?" in written.read_text("utf-8")
 
 
 def test_results_name_no_picture_outside_their_folder(

@@ -73,6 +73,17 @@ class Meet:
         return corners(batch, found)
 
 
+class CodeError(Exception):
+    """One that pickle makes, but does not make again."""
+
+    def __init__(self, code: int, *, text: str) -> None:
+        super().__init__(f"code {code}: {text}")
+
+
+def fail(batch: Batch[Path], found: list[Detections]) -> None:
+    raise CodeError(7, text="full")
+
+
 def die(batch: Batch[Path], found: list[Detections]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -224,6 +235,15 @@ def test_an_error_or_a_death_ends_all(tmp_path: Path) -> None:
                 paths[5].write_bytes(b"no picture")
             with pytest.raises(UserError, match=sentence):
                 list(process_on_gpus(("3",), engine, paths, read_image, finish, SURE))
+
+
+def test_an_error_that_cannot_travel_comes_as_its_text(tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path, 2)
+    with (
+        load_tiny(tmp_path) as engine,
+        pytest.raises(RuntimeError, match="CodeError: code 7: full"),
+    ):
+        list(process_on_gpus(("3",), engine, paths, read_image, fail, SURE))
 
 
 def test_eval_and_infer_give_what_one_gives(

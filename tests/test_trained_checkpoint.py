@@ -149,6 +149,7 @@ def set_architecture(**changes: Any) -> Callable[[dict[str, Any]], object]:
     ("change", "says"),
     [
         (lambda c: c.update(version=3), "update it"),
+        (lambda c: c.update(version=10**5000), "update it"),
         (lambda c: c.pop("architecture"), "architecture"),
         (set_architecture(block="mystery"), "architecture"),
         (set_architecture(stage_repeats=(1, 1, 1, 10**9)), "architecture"),

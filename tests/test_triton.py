@@ -384,7 +384,7 @@ def test_fields_that_cannot_be_are_refused(extra: str, message: str) -> None:
 
 
 def test_thresholds_out_of_range_are_refused() -> None:
-    with pytest.raises(UserError, match=r"confidence 1\.5 is out of range"):
+    with pytest.raises(UserError, match=r"confidence` 1\.5 is out of range"):
         ServingSettings(predict=PredictOptions(confidence=1.5))
 
 

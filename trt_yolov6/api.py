@@ -220,15 +220,11 @@ def compare(
         >>> [engine["engine"] for engine in results["engines"]]
         ['yolov6n fp32']
     """
-    import dataclasses
-
-    from trt_yolov6.comparison.plan import Plan, plan_of
+    from trt_yolov6.comparison.plan import plan_of
     from trt_yolov6.comparison.results import read_results
     from trt_yolov6.comparison.run import compare as compare_plan
 
-    chosen = (
-        dataclasses.replace(models, **plan) if isinstance(models, Plan) else plan_of(models, **plan)
-    )
+    chosen = plan_of(models, **plan)
     if isinstance(baseline, (str, Path)):
         baseline = read_results(baseline)
     return compare_plan(chosen, output, again=again, baseline=baseline, progress=progress)

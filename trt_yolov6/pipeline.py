@@ -8,6 +8,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from trt_yolov6.backends import BACKENDS
@@ -410,6 +411,8 @@ def _check_options(function: str, options: Mapping[str, Any], known: type[Any]) 
     for name, value in options.items():
         if name not in known.__annotations__:
             raise TypeError(f"{function}() has no parameter {name!r}")
+        if name == "nms" and not isinstance(value, (NmsSettings, NoneType)):
+            raise UserError(f"`nms` is {value!r}; give thresholds, such as NmsSettings().")
         if name not in _INTEGERS or value is None or isinstance(value, BatchProfile):
             continue
         values = value if isinstance(value, (tuple, list)) else (value,)

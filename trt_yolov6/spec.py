@@ -59,7 +59,7 @@ class Precision:
         """
         if isinstance(text, Precision):
             return text
-        found = _PRECISION.fullmatch(text.strip().lower())
+        found = _PRECISION.fullmatch(str(text).strip().lower())
         base: Any = found[1] if found else ""
         if found is None or (base in ("fp32", "fp16") and found[0] != base):
             raise UserError(
@@ -183,7 +183,7 @@ class NmsSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.confidence < 1:
             raise UserError(
-                f"confidence {self.confidence} is out of range; give `confidence` in 0..1.",
+                f"`confidence` {self.confidence} is out of range; give 0 to less than 1."
             )
         if not 0 < self.iou <= 1:
             raise UserError(f"IoU threshold {self.iou} is out of range; give `iou` in 0..1.")

@@ -119,8 +119,9 @@ _CONTAINERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("builtins", "list"): list,
-    ("builtins", "tuple"): tuple,
 }
+"""Types that a pickle may call. Not `tuple`, which no pickler writes so: made of lists, tuples nest
+deeper than `_check_opcodes` sees."""
 
 
 def load_inert(content: bytes, path: Path) -> Any:

@@ -119,8 +119,8 @@ def read_trained(archive: TorchArchive) -> tuple[YOLOv6, tuple[str, ...], Traini
     version = root.get("version")
     if version not in (1, VERSION):
         raise UserError(
-            f"{path} is a checkpoint of format version {str(version)[:20]}, this release of "
-            f"trt-yolov6 reads 1 to {VERSION}; update it."
+            f"{path} is a checkpoint of a format that this release of trt-yolov6 does not read "
+            f"(it reads versions 1 to {VERSION}); update it."
         )
     arch = _architecture(path, root.get("architecture"), version)
     names = root.get("class_names")

@@ -22,13 +22,17 @@ def add(commands: common.Commands) -> None:
         "--streams", type=common.positive, default=1, help="batches in flight on a GPU (1)"
     )
     parser.add_argument(
-        "--duration", type=float, default=10.0, help="seconds to measure each engine at most (10)"
+        "--duration",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="longest time to measure each engine (10)",
     )
     parser.add_argument("--layers", action="store_true", help="TensorRT: also time each layer")
     parser.add_argument(
         "--end-to-end",
         action="store_true",
-        help="also time decoding, letterbox and NMS, in sequence",
+        help="time decoding, letterbox and NMS as well, one after the other",
     )
     parser.add_argument(
         "--stages",
@@ -39,6 +43,7 @@ def add(commands: common.Commands) -> None:
         "--source",
         dest="images",
         type=Path,
+        metavar="DIR",
         help=f"images for --end-to-end and --stages ({common.SAMPLE_IMAGES})",
     )
     common.add_thresholds(parser)
@@ -65,7 +70,9 @@ def run(options: argparse.Namespace) -> None:
     if options.stages:
         _run_stages(options)
         return
-    images = _images(options) if options.end_to_end else None
+    images = None
+    if options.end_to_end:
+        images = common.or_sample(options.images, "--source", common.SAMPLE_IMAGES)
     detectors = [load(path, options) for path in options.engine or [newest_engine()]]
     engines = [detector.engine for detector in detectors]
     results = benchmark(
@@ -92,21 +99,11 @@ def run(options: argparse.Namespace) -> None:
         say_next(options, "with AP and intervals", "compare", *files)
 
 
-def _images(options: argparse.Namespace) -> Path:
-    """Return the images of --source, or the sample's."""
-    if options.images is None and not common.SAMPLE_IMAGES.is_dir():
-        raise UserError(
-            f"no --source is given and the sample images {common.SAMPLE_IMAGES}/ are not here; "
-            "name images with --source."
-        )
-    return options.images or common.SAMPLE_IMAGES
-
-
 def _run_stages(options: argparse.Namespace) -> None:
     from trt_yolov6.bench.stages import benchmark_stages, format_stages
     from trt_yolov6.data.images import list_images
 
-    images = list_images(_images(options))
+    images = list_images(common.or_sample(options.images, "--source", common.SAMPLE_IMAGES))
     reports = []
     for path in options.engine or [newest_engine()]:
         with load(path, options) as detector:

@@ -99,7 +99,6 @@ def _add_tensorrt_calibration(int8: argparse._ActionsContainer) -> None:
     int8.add_argument(
         "--calibration-cache",
         type=Path,
-        metavar="FILE",
         help="TensorRT up to 10: scales for a float --onnx graph, as export writes them",
     )
     int8.add_argument(
@@ -144,7 +143,9 @@ def _add_builder(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="file to write (engines/<weights>-<precision>.onnx or .trt, with an unusual size)",
     )
-    parser.add_argument("--timing-cache", type=Path, help="TensorRT timing cache to use and extend")
+    parser.add_argument(
+        "--timing-cache", type=Path, help="TensorRT timing cache to use and extend (none)"
+    )
     parser.add_argument(
         "--tactic-sources",
         type=lambda text: tuple(part.strip().lower() for part in text.split(",") if part.strip()),
@@ -157,10 +158,10 @@ def _add_builder(parser: argparse.ArgumentParser) -> None:
         dest="workspace_mib",
         type=common.positive,
         metavar="MIB",
-        help="scratch memory limit",
+        help="scratch memory limit (TensorRT's)",
     )
     parser.add_argument(
-        "--optimization-level", type=int, choices=range(6), help="TensorRT builder effort"
+        "--optimization-level", type=int, choices=range(6), help="TensorRT builder effort (its own)"
     )
 
 

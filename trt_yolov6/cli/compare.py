@@ -50,7 +50,11 @@ def add(commands: common.Commands) -> None:
     parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
     parser.add_argument("--calibrator", choices=common.CALIBRATORS, help="calibrator (auto)")
     parser.add_argument(
-        "--output", type=Path, default=DEFAULT_OUTPUT, help=f"folder ({DEFAULT_OUTPUT})"
+        "--output",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        metavar="DIR",
+        help=f"folder ({DEFAULT_OUTPUT})",
     )
     parser.add_argument("--again", action="store_true", help="measure latencies again")
     common.add_quiet(parser)
@@ -60,11 +64,9 @@ def add(commands: common.Commands) -> None:
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("measurement")
+    how.add_argument("--rounds", type=common.positive, help="rounds over all engines (8)")
     how.add_argument(
-        "--rounds", type=common.positive, metavar="N", help="rounds over all engines (8)"
-    )
-    how.add_argument(
-        "--duration", type=float, metavar="S", help="seconds per engine and batch size (10)"
+        "--duration", type=float, metavar="SECONDS", help="time per engine and batch size (10)"
     )
     how.add_argument(
         "--no-layers",
@@ -73,7 +75,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         const=False,
         help="do not time layers",
     )
-    how.add_argument("--examples", type=int, metavar="N", help="images kept for the report (3)")
+    how.add_argument("--examples", type=int, help="images kept for the report (3)")
     common.add_thresholds(how)
     how.add_argument("--border", type=int, help="gray pixels on each side of an image (0)")
     common.add_session(how)
@@ -81,9 +83,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
     gate = parser.add_argument_group("gate")
-    gate.add_argument(
-        "--baseline", type=Path, metavar="FILE", help="results.json of an earlier comparison"
-    )
+    gate.add_argument("--baseline", type=Path, help="results.json of an earlier comparison")
     gate.add_argument(
         "--max-slowdown",
         type=common.percent,

@@ -43,13 +43,11 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.data.sources import check_source
     from trt_yolov6.runtime.evaluation_plots import write_plots
 
-    if options.data is not None:
-        check_source(options.data, options.split)
+    options.data = common.or_sample(options.data, "--data", common.SAMPLE_DATA)
+    check_source(options.data, options.split)
     if options.plots is not None:
         check_writable(options.plots / "pr-curves.png")
     path = resolved(options.engine or newest_engine())
-    if options.data is None:
-        say(f"no --data given: evaluating on the sample data set {common.SAMPLE_DATA}/")
     result = (_evaluated_here if options.address is None else _evaluated_on_ray)(options, path)
     for note in result.notes:
         say(f"note: {note}")
@@ -68,7 +66,7 @@ def _evaluated_here(options: argparse.Namespace, path: Path) -> Evaluation:
     with load(path, options) as detector:
         return api.evaluate(
             detector,
-            options.data or common.SAMPLE_DATA,
+            options.data,
             options.split,
             predict_options(options),
             confusion=options.plots is not None,
@@ -86,7 +84,7 @@ def _evaluated_on_ray(options: argparse.Namespace, path: Path) -> Evaluation:
         )
     return evaluate_on_ray(
         path,
-        load_coco(options.data or common.SAMPLE_DATA, options.split),
+        load_coco(options.data, options.split),
         ray_options(options),
         predict_options(options),
         confusion=options.plots is not None,

@@ -64,7 +64,6 @@ def add(commands: common.Commands) -> None:
         "--config",
         dest="extra",
         type=Path,
-        metavar="FILE",
         help="further fields of Triton's ModelConfig, in its text format, such as a response "
         "cache, priorities or queue limits; they replace fields of the same name",
     )

@@ -11,6 +11,7 @@ from trt_yolov6.cli.options import (
     SAMPLE_CALIB,
     SAMPLE_WEIGHTS,
     chosen,
+    or_sample,
     preprocess_changes,
     refuse,
 )
@@ -27,15 +28,7 @@ if TYPE_CHECKING:
 
 def weights_or_sample(weights: Path | None) -> Path:
     """Return the checkpoint of --weights, or the sample's."""
-    if weights is not None:
-        return weights
-    if not SAMPLE_WEIGHTS.is_file():
-        raise UserError(
-            f"no checkpoint is given and the sample {SAMPLE_WEIGHTS} is not here; name one with "
-            "--weights."
-        )
-    say(f"no --weights given: taking the sample checkpoint {SAMPLE_WEIGHTS}")
-    return SAMPLE_WEIGHTS
+    return or_sample(weights, "--weights", SAMPLE_WEIGHTS)
 
 
 def checkpoint_options(options: argparse.Namespace) -> GraphOptions:
@@ -124,15 +117,7 @@ def calibration_settings(options: argparse.Namespace, **others: Any) -> Quantiza
 
 def calibration_folder(calib: Path | None) -> Path:
     """Return the folder of --calib, or the sample images."""
-    if calib is not None:
-        return calib
-    if not SAMPLE_CALIB.is_dir():
-        raise UserError(
-            f"no --calib is given and the sample images {SAMPLE_CALIB}/ are not here; name a "
-            "folder of images with --calib."
-        )
-    say(f"no --calib given: calibrating on {SAMPLE_CALIB}/")
-    return SAMPLE_CALIB
+    return or_sample(calib, "--calib", SAMPLE_CALIB)
 
 
 def implicit_calibration(options: argparse.Namespace) -> ImplicitCalibration | None:

@@ -38,11 +38,12 @@ def add(commands: common.Commands) -> None:
         help="format of the detections (json); with --ray jsonl or parquet (jsonl)",
     )
     parser.add_argument(
-        "--frames", type=common.positive, metavar="N", help="stop a video or stream after N frames"
+        "--frames", type=common.positive, help="stop a video or stream after N frames"
     )
     parser.add_argument(
         "--output",
         default="runs/infer",
+        metavar="DIR",
         help="folder to write to (runs/infer); with --ray also an address",
     )
     parser.add_argument("--batch", type=common.positive, help="images per batch (up to 8)")

@@ -16,7 +16,9 @@ def add(commands: common.Commands) -> None:
     parser = common.add_command(
         commands, "inspect", run, "describe an engine, ONNX file or checkpoint"
     )
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="engine, ONNX file, checkpoint or TensorRT plan"
+    )
     parser.add_argument("--layers", action="store_true", help="list every layer")
     common.add_json(parser)
     common.add_quiet(parser)

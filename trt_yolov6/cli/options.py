@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from trt_yolov6.backends import BACKENDS
+from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError, did_you_mean
 
 SAMPLE_WEIGHTS = Path("samples/yolov6n_bccd.pt")
@@ -74,6 +75,14 @@ class Parser(argparse.ArgumentParser):
         return next((kind for kind in kinds if kind in self._option_string_actions), None)
 
 
+class _Help(argparse.HelpFormatter):
+    """Help that names values by their type or option, not by the parameter that they set."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        named: dict[Any, str] = {positive: "N", int: "N", float: "X", Path: "FILE"}
+        return named.get(action.type) or action.option_strings[0].rpartition("-")[2].upper()
+
+
 def add_command(
     commands: Commands, name: str, run: Callable[[argparse.Namespace], object], text: str
 ) -> argparse.ArgumentParser:
@@ -86,6 +95,7 @@ def add_command(
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
         epilog="Defaults are in parentheses.",
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.set_defaults(run=run, parser=parser)
@@ -98,7 +108,7 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
     precision.add_argument("--fp32", action="store_true", help="single precision (default)")
     precision.add_argument("--fp16", action="store_true", help="half precision")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--batch", type=positive, metavar="N", help="fixed batch size")
+    size.add_argument("--batch", type=positive, help="fixed batch size")
     add_dynamic(
         size, "batch", "smallest batch size, the one to tune for, and the largest (1,32,32)"
     )
@@ -122,15 +132,15 @@ def add_checkpoint_or_onnx(parser: argparse.ArgumentParser, onnx: str) -> None:
     """Add --weights and --onnx, one of which may be given."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
-    source.add_argument("--onnx", type=Path, metavar="FILE", help=onnx)
+    source.add_argument("--onnx", type=Path, help=onnx)
 
 
 def add_data(
     parser: argparse._ActionsContainer, text: str = "data set: a folder or data.yaml (samples/)"
 ) -> None:
     """Add --data and --split."""
-    parser.add_argument("--data", type=Path, help=text)
-    parser.add_argument("--split", help="part of the data set, such as val or val2017")
+    parser.add_argument("--data", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--split", help="part of the data set (the only one; else val or val2017)")
 
 
 def add_image_size(
@@ -165,7 +175,6 @@ def add_calibration(parser: argparse._ActionsContainer, calibrator: str = "auto"
         "--calib-images",
         dest="image_limit",
         type=positive,
-        metavar="N",
         help="use N of the calibration images, evenly spread (all)",
     )
     parser.add_argument(
@@ -180,7 +189,7 @@ def add_float_layers(parser: argparse._ActionsContainer, text: str) -> None:
 
 def add_cache(parser: argparse._ActionsContainer, text: str) -> None:
     """Add the calibration cache to write, and the release that reads it."""
-    parser.add_argument("--calibration-cache", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--calibration-cache", type=Path, help=text)
     parser.add_argument(
         "--cache-version",
         metavar="X.Y.Z",
@@ -200,9 +209,13 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 
 def add_session(parser: argparse._ActionsContainer) -> None:
     """Add the options of ONNX Runtime's sessions."""
-    parser.add_argument("--threads", type=positive, help="CPU threads of ONNX Runtime")
     parser.add_argument(
-        "--provider", choices=("cpu", "cuda", "tensorrt"), help="ONNX Runtime execution provider"
+        "--threads", type=positive, help="CPU threads of ONNX Runtime (one per core)"
+    )
+    parser.add_argument(
+        "--provider",
+        choices=("cpu", "cuda", "tensorrt"),
+        help="ONNX Runtime execution provider (the best that works here)",
     )
 
 
@@ -223,7 +236,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 def add_machines(parser: argparse.ArgumentParser) -> None:
     """Add --gpus and --ray."""
     parser.add_argument(
-        "--gpus", type=positive, default=1, metavar="N", help="TensorRT: number of GPUs to use (1)"
+        "--gpus", type=positive, default=1, help="TensorRT: number of GPUs to use (1)"
     )
     parser.add_argument(
         "--ray",
@@ -261,7 +274,9 @@ def preprocess_changes(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_training(parser: argparse.ArgumentParser, output: str) -> None:
     """Add the options of any training's data and run; `output` is the default folder."""
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data set: a folder or data.yaml")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="data set: a folder or data.yaml; required"
+    )
     parser.add_argument("--split", dest="train_split", help="split to train on (train)")
     parser.add_argument("--val-split", help="split to evaluate on, or none (val)")
     parser.add_argument(
@@ -307,7 +322,9 @@ def add_thresholds(parser: argparse._ActionsContainer, confidence: float = 0.03)
 def add_border(parser: argparse.ArgumentParser) -> None:
     """Add the size and the border of the letterbox."""
     parser.add_argument(
-        "--resize", type=positive, help="side to resize images to; gray fills the rest of the input"
+        "--resize",
+        type=positive,
+        help="side to resize images to; gray fills the rest (the input's, less twice --border)",
     )
     parser.add_argument(
         "--border", type=int, help="gray pixels on each side, such as 3 with --resize 634 (0)"
@@ -316,7 +333,7 @@ def add_border(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add --json."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--json", type=Path, help="write the result as JSON")
 
 
 _ALSO = {
@@ -342,6 +359,18 @@ def chosen(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Return the values of some options by name, without those left to their default, None."""
     values = {name: getattr(options, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def or_sample(given: Path | None, option: str, sample: Path) -> Path:
+    """Return the path that an option gives, or else the sample's, and say so."""
+    if given is not None:
+        return given
+    if not sample.exists():
+        raise UserError(
+            f"no {option} is given and the sample {sample} is not here; name yours with {option}."
+        )
+    say(f"no {option} given: taking the sample's, {sample}")
+    return sample
 
 
 def refuse(options: argparse.Namespace, names: Iterable[str], why: str) -> None:

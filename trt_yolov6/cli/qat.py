@@ -64,7 +64,7 @@ def add(commands: common.Commands) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=common.positive, help="number of epochs (10)")
-    recipe.add_argument("--batch", type=common.positive, metavar="N", help="images per step (16)")
+    recipe.add_argument("--batch", type=common.positive, help="images per step (16)")
     recipe.add_argument(
         "--lr",
         dest="learning_rate",

@@ -44,15 +44,15 @@ def add(commands: common.Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.common.files import check_writable
     from trt_yolov6.data.sources import check_source
     from trt_yolov6.pipeline import export, labelled_score
     from trt_yolov6.quantization.metrics import MEANING, direction
     from trt_yolov6.quantization.pipeline import calibrate
+    from trt_yolov6.quantization.sensitivity import check_chart, write_chart
     from trt_yolov6.runtime.sensitivity_report import fallback_report, measure
 
     if options.plot:
-        check_writable(options.plot)
+        check_chart(options.plot)
     if options.data is None and options.split is not None:
         raise UserError("--split is part of a data set; name that with --data.")
     if options.data is not None:
@@ -76,8 +76,6 @@ def run(options: argparse.Namespace) -> None:
         by_ap = result if result.metric == "ap" else None
         print(fallback_report(graph, calibrated, score, by_ap=by_ap))
     if options.plot:
-        from trt_yolov6.quantization.sensitivity import write_chart
-
         write_chart(result, options.plot)
         say(f"{options.plot}: drawn")
     if options.json:

@@ -75,7 +75,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "without a value, search for scales first, in OUTPUT/search",
     )
     model.add_argument(
-        "--search-epochs", type=common.positive, metavar="N", help="epochs of the search (--epochs)"
+        "--search-epochs", type=common.positive, help="epochs of the search (--epochs)"
     )
     model.add_argument(
         "--activation",
@@ -85,7 +85,6 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--csp-ratio",
         type=float,
-        metavar="R",
         help="share of channels inside CSPStackRep; 0: no CSP (the variant's)",
     )
     model.add_argument(
@@ -110,7 +109,6 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--imgsz",
         dest="image_size",
         type=common.positive,
-        metavar="N",
         help="input size, a multiple of 32 (640; P6 a multiple of 64, 1280; Lite 320)",
     )
     recipe.add_argument(

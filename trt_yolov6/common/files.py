@@ -32,9 +32,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     in_place = path.exists() and not path.is_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}.", suffix=path.suffix, dir=None if in_place else path.parent
-        )
+        # Short: the name itself may be as long as the file system takes.
+        handle, name = tempfile.mkstemp(path.suffix, ".", None if in_place else path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     os.close(handle)

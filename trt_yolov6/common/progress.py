@@ -15,18 +15,39 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+SECONDS = 60.0
+"""Seconds between two lines."""
+
 
 def progress_bar(total: float | None, *, shown: bool, **others: Any) -> tqdm[NoReturn]:
-    """Return a bar on stderr, for a `with` block; off a terminal nothing shows.
+    """Return a bar on stderr, for a `with` block; off a terminal a line a minute in the log.
 
     Args:
         total: steps in all; None where that is not known.
-        shown: False shows nothing on a terminal either.
+        shown: False shows nothing and logs nothing.
         others: as `tqdm.tqdm` takes them, such as `desc` and `unit`.
     """
     from tqdm import tqdm
 
+    if is_logged(shown):
+        others |= {"file": _Lines(), "ncols": 0}
     return tqdm(total=total, disable=None if shown else True, **others)
+
+
+class _Lines:
+    """File of a bar off a terminal: what it shows becomes a line of the log, if one is due."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def write(self, text: str) -> None:
+        now = time.monotonic()
+        if text.startswith("\r") and text.strip() and now - self._last >= SECONDS:
+            self._last = now
+            _log.info("%s", text.strip())
+
+    def flush(self) -> None:
+        pass
 
 
 def is_logged(progress: bool = True) -> bool:
@@ -35,13 +56,12 @@ def is_logged(progress: bool = True) -> bool:
 
 
 @contextlib.contextmanager
-def a_line_a_minute(what: str, *, progress: bool = True, seconds: float = 60.0) -> Iterator[None]:
+def a_line_a_minute(what: str, *, progress: bool = True) -> Iterator[None]:
     """Log every minute that work goes on, as long as the block runs.
 
     Args:
         what: what is done, such as `building engines/yolov6s-int8.trt`.
         progress: False says nothing, and neither does a terminal.
-        seconds: between two lines.
     """
     if not is_logged(progress):
         yield
@@ -50,7 +70,7 @@ def a_line_a_minute(what: str, *, progress: bool = True, seconds: float = 60.0) 
     done = threading.Event()
 
     def speak() -> None:
-        while not done.wait(seconds):
+        while not done.wait(SECONDS):
             _log.info("still %s, %.0f min so far", what, (time.monotonic() - start) / 60)
 
     speaker = threading.Thread(target=speak, name="a line a minute", daemon=True)

@@ -13,7 +13,7 @@ import onnx
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.roofline import graph_work
-from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.common.records import as_record
 from trt_yolov6.comparison.cache import Steps
@@ -26,7 +26,7 @@ from trt_yolov6.engines import best_backend, load_engine
 from trt_yolov6.engines.base import Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest, manifest_of, read_manifest
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.files import read_onnx
+from trt_yolov6.graph.files import graph_precision, read_onnx
 from trt_yolov6.graph.inspect import inspect_onnx
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
@@ -310,7 +310,7 @@ def _source(work: Work, entry: ModelEntry) -> SourceFile:
     path = entry.path
     if not path.is_file():
         raise UserError(f"{path} does not exist; check the path.")
-    if path.suffix == ".pt" and (entry.names or entry.decoder or entry.preprocess):
+    if path.suffix in CHECKPOINT_SUFFIXES and (entry.names or entry.decoder or entry.preprocess):
         raise UserError(
             f"{path} is a checkpoint, which is a YOLOv6 and has its class names itself; leave "
             "`names`, `decoder` and `preprocess` out of its entry."
@@ -331,6 +331,11 @@ def _source(work: Work, entry: ModelEntry) -> SourceFile:
 
     known = work.steps.once("source", inputs, describe)
     source = as_record(known, SourceFile, f"a step kept in {work.output} is damaged")
+    if not source.buildable and entry.names:
+        raise UserError(
+            f"{path} is {source.precision} already and is taken as it is, with its own class "
+            "names; leave `names` out of its entry, or build an engine with them first."
+        )
     if not source.buildable and (entry.precisions or len(work.plan.precisions) > 1):
         _log.info(f"{path} is {source.precision} already and is taken as it is")
     return source
@@ -340,7 +345,9 @@ def _described(work: Work, entry: ModelEntry) -> SourceFile:
     """Find out what a file is; its hash is left out."""
     path = entry.path
     manifest = read_manifest(path)
-    if path.suffix == ".pt":
+    if path.suffix in CHECKPOINT_SUFFIXES:
+        from trt_yolov6.checkpoints.loading import load_checkpoint  # needs PyTorch
+
         load_checkpoint(path)  # refused now, not after others have been built
         return SourceFile("", buildable=True)
     if manifest is not None:
@@ -352,15 +359,12 @@ def _described(work: Work, entry: ModelEntry) -> SourceFile:
         with load_engine(path, options=LoadOptions(decoder=entry.decoder)) as engine:
             return _taken(engine.precision, engine.backend, engine.batch, {})
     model = read_onnx(path)
-    details = inspect_onnx(model)
-    if details.quantize_nodes or "fp16" in details.precisions:
+    if graph_precision(model) != "fp32":
         graph = graph_from_onnx(path, decoder=entry.decoder)
         record = {"model": graph.name, **_graph_record(model)}
         return _taken(graph.precision, "onnxruntime", graph.batch, record)
-    batch = details.inputs[0].shape[0] if details.inputs and details.inputs[0].shape else None
-    fixed = batch if isinstance(batch, int) and batch > 0 else None
-    _graph(work, entry, None, None)  # refused now, not after others have been built
-    return SourceFile("", buildable=True, batch=fixed)
+    batch = _graph(work, entry, None, None).batch  # refused now, not after others have been built
+    return SourceFile("", buildable=True, batch=batch.min if batch.is_static else None)
 
 
 def _taken(

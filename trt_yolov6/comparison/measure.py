@@ -124,11 +124,8 @@ def _evaluated(work: Work, engine: Engine, name: str, dataset: CocoDataset) -> d
 def _reading(built: BuiltCase, batch: int) -> list[Any]:
     """Return how images are prepared and outputs read: the plan says it, or a manifest."""
     entry, manifest = built.case.entry, read_manifest(built.files[batch])
-    found: list[Any] = [entry.decoder, list(entry.preprocess)]
-    if manifest is not None:
-        preprocessing = dataclasses.asdict(manifest.preprocessing)
-        found += [manifest.decoder, manifest.output_layout, preprocessing]
-    return found
+    found = [entry.decoder, list(entry.preprocess)]
+    return found if manifest is None else [*found, dataclasses.asdict(manifest.detector)]
 
 
 def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[list[float]]]:

@@ -35,13 +35,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
 from trt_yolov6.common.records import as_record, check_keys, read_yaml
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings, Precision, PredictOptions
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
-MODEL_SUFFIXES = (".pt", ".onnx", ".trt", ".plan", ".engine")
+MODEL_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".onnx", ".trt", ".plan", ".engine")
 """A checkpoint, an ONNX file or engine, and TensorRT's plans under their usual names."""
 
 
@@ -112,7 +113,7 @@ class Plan:
             raise UserError(
                 "no precision is given; name some with `precisions`, such as fp32,int8.",
             )
-        if not self.batches or min(self.batches) < 1:
+        if not self.batches or not all(type(one) is int and one > 0 for one in self.batches):
             raise UserError("batch sizes are whole numbers above 0; correct `batches`.")
         if len(set(self.batches)) < len(self.batches):
             raise UserError("a batch size is given twice; name each once in `batches`.")
@@ -143,25 +144,27 @@ class Plan:
 
 
 def plan_of(
-    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], **changes: Any
+    models: Plan | str | os.PathLike[str] | Sequence[str | os.PathLike[str]], **changes: Any
 ) -> Plan:
     """Return a plan of checkpoints, ONNX files and engines, or the one that a YAML file holds.
 
     Args:
-        models: their paths, or that of a plan.
-        changes: fields of `Plan`, and `imgsz`, the height and width of what is built; of a plan's
-            file they replace its own.
+        models: their paths, or a plan or that of its file.
+        changes: fields of `Plan`, which replace a plan's own, and, except for a `Plan`, `imgsz`,
+            the height and width of what is built.
 
     Raises:
         UserError: a model is of a kind that cannot be compared, or the plan's file is missing, is
             not YAML, or has a key or value that means nothing here.
     """
-    named = [models] if isinstance(models, (str, os.PathLike)) else models
-    paths = [Path(path) for path in named]
     changes |= {name: Path(changes[name]) for name in ("data", "calib") if name in changes}
     for name in {"precisions", "batches", "backends"} & changes.keys():
         if isinstance(changes[name], (str, int)):
             changes[name] = (changes[name],)  # as in a file
+    if isinstance(models, Plan):
+        return dataclasses.replace(models, **changes)
+    named = [models] if isinstance(models, (str, os.PathLike)) else models
+    paths = [Path(path) for path in named]
     for path in paths:
         if path.suffix.lower() in YAML_SUFFIXES:
             if len(paths) == 1:
@@ -172,8 +175,8 @@ def plan_of(
     for path in paths:
         if path.suffix not in MODEL_SUFFIXES:
             raise UserError(
-                f"{path} is neither a checkpoint (.pt) nor an ONNX file or engine "
-                f"({', '.join(MODEL_SUFFIXES[1:])}); name such a file."
+                f"{path} is not a checkpoint, ONNX file or engine ({', '.join(MODEL_SUFFIXES)}); "
+                "name such a file."
             )
     size = changes.pop("imgsz", None)
     return Plan(tuple(ModelEntry(path, imgsz=size) for path in paths), **changes)

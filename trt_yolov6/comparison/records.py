@@ -192,7 +192,7 @@ def _examples(
 def _small_jpeg(image: CocoImage) -> bytes:
     pixels = read_coco_image(image)
     scale = min(1.0, EXAMPLE_SIDE / max(pixels.shape[:2]))
-    size = round(pixels.shape[1] * scale), round(pixels.shape[0] * scale)
+    size = [max(1, round(side * scale)) for side in pixels.shape[1::-1]]
     small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
     bgr = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
     _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 82])

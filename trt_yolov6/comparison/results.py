@@ -54,6 +54,7 @@ KIND = "comparison"
 FILE = "results.json"
 
 _Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+_Count = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
 _Interval = tuple[_Number, _Number]
 _Box = tuple[_Number, _Number, _Number, _Number, _Number, _Number]
 
@@ -66,10 +67,14 @@ class _Clock(TypedDict):
     max_mhz: _Number | None
 
 
+class _Gpu(TypedDict, total=False):
+    slowed_by: list[str]
+
+
 class _Environment(TypedDict):
     cpu: dict[str, Any] | None
     cpu_clock: _Clock | None
-    gpus: list[dict[str, Any]]
+    gpus: list[_Gpu]
     packages: dict[str, Any]
 
 
@@ -83,7 +88,7 @@ class _Data(TypedDict):
 
 
 class _Settings(TypedDict):
-    rounds: Annotated[int, msgspec.Meta(ge=1)]
+    rounds: _Count
     duration: _Number
     confidence: _Number
     iou: _Number
@@ -102,11 +107,29 @@ class _Agreement(_Figure):
     calibrated_on: int
 
 
+class _Tried(TypedDict):
+    decides: str
+    float_layers: list[str]
+    slowdown: _Number
+    agreement: _Number
+
+
+class _Calibration(TypedDict, total=False):
+    tried: list[_Tried]
+
+
 class _EngineDetails(TypedDict, total=False):
     agreement: _Agreement | None
+    calibration: _Calibration | None
+    float_layers: list[str]
     detections: int
-    flops: int | None
-    parameters: int | None
+    bytes: _Number
+    flops: _Number | None
+    parameters: _Number | None
+    AP75: _Number | None
+    APs: _Number | None
+    APm: _Number | None
+    APl: _Number | None
 
 
 class _Engine(_EngineDetails):
@@ -129,7 +152,7 @@ class _LatencyDetails(TypedDict, total=False):
 
 
 class _Latency(_LatencyDetails):
-    median: Annotated[float, msgspec.Meta(gt=0)]
+    median: Annotated[float, msgspec.Meta(ge=1e-9, le=1e12)]
     interval: _Interval
 
 
@@ -140,7 +163,7 @@ class _TimingDetails(TypedDict, total=False):
 
 class _Timing(_TimingDetails):
     engine: str
-    batch: int
+    batch: _Count
     engine_sha256: str
     latency_ms: _Latency
     runs: int

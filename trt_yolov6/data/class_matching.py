@@ -83,7 +83,7 @@ def match_classes(
         notes.append(f"the names of some classes differ, so they are taken in order: {pairs}")
     elif left:
         notes.append(
-            f"{len(left)} classes of {engine} are not in {data} and are not counted: "
+            f"classes of {engine} that are not in {data} are not counted: "
             f"{_listed([names[index] for index in left])}"
         )
     found = [place for place in places if place is not None]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from trt_yolov6.common.files import read_json
+from trt_yolov6.data.annotations import whole
 from trt_yolov6.errors import UserError
 
 _COCO = """\
@@ -31,19 +32,24 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
         raise UserError(
             f"{path} is not a list of names; give a file of one a line as `class_names`."
         )
+    if path.suffix == ".json":
+        content = read_json(path)
+        try:
+            entries = [(whole(item["id"]), str(item["name"])) for item in content["categories"]]
+        except (KeyError, TypeError):
+            entries = []
+        if not entries:
+            raise UserError(
+                f"{path} has no COCO categories; give such a file or one name a line as "
+                "`class_names`."
+            )
+        if all(isinstance(own, int) for own, _ in entries):  # else as they come, as `coco` has it
+            entries.sort()
+        return tuple(name for _, name in entries)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable text file; check `class_names`.") from error
-    if path.suffix == ".json":
-        try:
-            categories = sorted(json.loads(text)["categories"], key=lambda item: item["id"])
-            return tuple(str(item["name"]) for item in categories)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} has no COCO categories; give such a file or one name a line as "
-                "`class_names`."
-            ) from error
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not names:
         raise UserError(f"{path} is empty; write one class name a line.")

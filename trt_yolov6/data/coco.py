@@ -103,8 +103,6 @@ class Problem:
 
     image: str | None
     """File name of the image, as the annotation file has it; None: there is no such image."""
-    annotation_id: int | None
-    """Id of the annotation; None: it has none, or the image itself is at fault."""
     kind: Kind
     """Kind of the problem."""
     sentence: str
@@ -323,7 +321,7 @@ def _images(
         height, width = (whole(record.fields.get(key)) for key in ("height", "width"))
         if path is None:
             told = f"image {name} is not in {source.folders[0]}"
-            problems.append(Problem(name, None, "missing-image", told))
+            problems.append(Problem(name, "missing-image", told))
         elif isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
             images[record.id] = CocoImage(record.id, path, height, width)
         else:
@@ -335,8 +333,8 @@ def _without_size(name: str, path: Path) -> Problem:
     try:
         upright_size(path)
     except UserError as error:
-        return Problem(name, None, "unreadable-image", str(error).split(";")[0])
-    return Problem(name, None, "wrong-size", f"image {name} has no recorded size")
+        return Problem(name, "unreadable-image", str(error).split(";")[0])
+    return Problem(name, "wrong-size", f"image {name} has no recorded size")
 
 
 @dataclass
@@ -369,11 +367,10 @@ class _Judge:
         record = self.records.get(identity(fields.get("image_id")))
         image = record.text if record else None
         label = whole(fields.get("id"))
-        own = label if isinstance(label, int) else None
-        called = f"annotation number {place}" if own is None else f"annotation {own}"
+        called = f"annotation {label if isinstance(label, int) else f'number {place}'}"
         called = fields.get("where") or (f"{called} of image {image}" if image else called)
         found = self.clipped if kind == "clipped" else self.problems
-        found.append(Problem(image, own, kind, f"{called} {told}"))
+        found.append(Problem(image, kind, f"{called} {told}"))
 
     def _judged(self, entry: Mapping[str, Any], *, is_crowd: bool) -> tuple[Kind | None, str]:
         """Keep an annotation if it is well-formed; return what is wrong with it, if anything."""
@@ -406,7 +403,8 @@ class _Judge:
                 "image_id": record.id,
                 "category_id": category.id,
                 "bbox": box,
-                "area": area if math.isfinite(area) else box[2] * box[3],
+                # Below 0, as some tools write for none, pycocotools would pass over the object.
+                "area": area if 0 <= area < math.inf else box[2] * box[3],
                 "iscrowd": int(is_crowd),
             }
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,6 +30,10 @@ _OTHER_PICTURES = {".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl"}
 ORIENTATION = 0x0112
 """EXIF's tag; 5 to 8 are turned by a quarter."""
 
+EXIF = b"Exif\0\0"
+"""Beginning of EXIF in a JPEG; a TIFF structure follows."""
+
+_AVIF = (b"ftypavif", b"ftypavis")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\x00", b"MM\x00*")
 
@@ -116,22 +123,48 @@ def same_files(some: Iterable[Path], others: Iterable[Path]) -> list[tuple[Path,
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """Return an image's width and height as it is shown, turned as its EXIF orientation says.
-
-    Only its header is read.
+    """Return the width and height of what `read_image` makes of a file; no pixels are decoded.
 
     Raises:
         UserError: the file is missing or not an image.
     """
-    from PIL import Image
+    from PIL import Image, TiffImagePlugin
 
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            is_turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            (width, height), exif = image.size, image.info.get("exif", b"")
+            # Not `getexif`: it takes an orientation from XMP, which OpenCV does not.
+            if image.format == "PNG" and not exif:  # it may follow the pixels
+                exif = read_bytes(path).rpartition(b"eXIf")[2]
+            orientation = exif_orientation(exif.removeprefix(EXIF))
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                # From Pillow 11 on, `size` is turned already.
+                width, height = image.tag_v2[256], image.tag_v2[257]
+                orientation = image.tag_v2.get(ORIENTATION, 1)
+    except Image.DecompressionBombError as error:
+        raise _too_large(path) from error
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} is damaged or not an image; replace or remove it.") from error
-    return (height, width) if is_turned else (width, height)
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def exif_orientation(tiff: bytes) -> int:
+    """Return the orientation in EXIF's TIFF structure, 1 to 8; 1 where it says none."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or len(tiff) < 8:
+        return 1
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    if start + 2 > len(tiff):
+        return 1
+    (count,) = struct.unpack_from(order + "H", tiff, start)
+    for index in range(count):
+        place = start + 2 + 12 * index
+        if place + 12 > len(tiff):
+            break
+        tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, place)
+        if tag == ORIENTATION:
+            return int(value) if 1 <= value <= 8 else 1
+    return 1
 
 
 def read_encoded(source: str | Path | bytes, name: str | None = None) -> tuple[bytes, str]:
@@ -192,7 +225,7 @@ def read_image(
             image = gray if gray is not None and gray.itemsize > 2 else None
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in str(error):
-            raise UserError(f"{name} has more pixels than are decoded; make it smaller.") from error
+            raise _too_large(name) from error
         image = None
     if image is None:
         raise UserError(f"{name} is damaged, cut short or not an image; replace or remove it.")
@@ -202,7 +235,34 @@ def read_image(
         raise UserError(
             f"{name} has {image.dtype} samples, whose range is unknown; convert it to 8 or 16 bits."
         )
+    if data[4:12] in _AVIF and not as_stored:
+        image = _upright(image, _avif_orientation(data, name))
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+
+
+def _too_large(name: str | Path) -> UserError:
+    return UserError(f"{name} has more pixels than are decoded; make it smaller.")
+
+
+def _avif_orientation(data: bytes, name: str) -> int:
+    """Return the orientation of an AVIF, 1 to 8, which OpenCV does not look for."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            exif: bytes = image.info.get("exif", b"")
+    except OSError:  # Pillow before 11.3
+        return 1
+    except Image.DecompressionBombError as error:
+        raise _too_large(name) from error
+    return exif_orientation(exif.removeprefix(EXIF))
+
+
+def _upright(image: NDArray[Any], orientation: int) -> NDArray[Any]:
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    rows, columns = (-1 if orientation in those else 1 for those in ((3, 4, 7, 8), (2, 3, 6, 7)))
+    return np.ascontiguousarray(image[::rows, ::columns])
 
 
 def _is_cut_short(data: bytes) -> bool:

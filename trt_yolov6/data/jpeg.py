@@ -14,12 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.data.images import ORIENTATION, read_encoded, read_image
+from trt_yolov6.data.images import EXIF, exif_orientation, read_encoded, read_image
 
 _START = b"\xff\xd8"
 _END = b"\xff\xd9"
-
-_EXIF = b"Exif\0\0"
 
 _FRAMES = (0xC0, 0xC1, 0xC2)
 """Start-of-frame markers of baseline, extended and progressive Huffman coding (ITU T.81, B.2.2)."""
@@ -101,8 +99,8 @@ def read_header(data: bytes) -> JpegHeader | None:
             if marker not in _FRAMES:
                 return None
             frame = data[position + 4 : end]
-        elif marker == 0xE1 and orientation is None and data.startswith(_EXIF, position + 4, end):
-            orientation = exif_orientation(data[position + 4 + len(_EXIF) : end])
+        elif marker == 0xE1 and orientation is None and data.startswith(EXIF, position + 4, end):
+            orientation = exif_orientation(data[position + 4 + len(EXIF) : end])
         elif (
             marker == 0xEE
             and data.startswith(b"Adobe", position + 4, end)
@@ -129,22 +127,3 @@ def _header(frame: bytes, orientation: int) -> JpegHeader | None:
     elif components != 1:
         return None
     return JpegHeader(height, width, orientation)
-
-
-def exif_orientation(tiff: bytes) -> int:
-    """Return the orientation in EXIF's TIFF structure, 1 to 8; 1 where it says none."""
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None or len(tiff) < 8:
-        return 1
-    (start,) = struct.unpack_from(order + "I", tiff, 4)
-    if start + 2 > len(tiff):
-        return 1
-    (count,) = struct.unpack_from(order + "H", tiff, start)
-    for index in range(count):
-        place = start + 2 + 12 * index
-        if place + 12 > len(tiff):
-            break
-        tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, place)
-        if tag == ORIENTATION:
-            return int(value) if 1 <= value <= 8 else 1
-    return 1

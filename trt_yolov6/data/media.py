@@ -7,16 +7,17 @@ opens as a video is one.
 from __future__ import annotations
 
 import glob
+import http.client
 import math
 import os
 import re
+import string
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import cv2
 import numpy as np
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from trt_yolov6.common.files import read_bytes
 from trt_yolov6.data.images import list_images, opencv_path, quiet_opencv, read_image
 from trt_yolov6.data.jpeg import Jpeg, open_image
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import UserError, first_line
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _HTTP = ("http", "https")
@@ -82,6 +83,11 @@ class Video:
     """True for what has no end of its own."""
 
 
+def is_address(text: str) -> bool:
+    """Return whether a text is an address such as `s3://bucket/folder`, not a path."""
+    return _ADDRESS.match(text) is not None
+
+
 def find_media(source: str | Path) -> Pictures | Video:
     """Find out what a source is.
 
@@ -94,7 +100,7 @@ def find_media(source: str | Path) -> Pictures | Video:
         UserError: nothing is there, an address does not answer, or it is neither image nor video.
     """
     text = str(source)
-    if _ADDRESS.match(text):
+    if is_address(text):
         return _from_address(text)
     path = Path(text)
     if path.is_dir():
@@ -136,7 +142,10 @@ def _from_glob(pattern: str) -> Pictures | Video:
 
 
 def _from_address(address: str) -> Pictures | Video:
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise UserError(f"{address} is not an address ({error}); correct it.") from error
     scheme = parts.scheme.lower()
     if scheme not in _STREAMS:
         raise UserError(
@@ -146,15 +155,17 @@ def _from_address(address: str) -> Pictures | Video:
     stem = re.sub(r"[^\w.-]+", "_", Path(unquote(parts.path)).name or parts.hostname or "stream")
     if scheme not in _HTTP:
         return Video(address, Path(stem).stem, is_live=True)
-    request = urllib.request.Request(address, headers={"User-Agent": "trt-yolov6"})
+    # Blanks and umlauts as browsers send them.
+    encoded = quote(address, safe=string.punctuation)
+    request = urllib.request.Request(encoded, headers={"User-Agent": "trt-yolov6"})
     try:
         with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
             kind = answer.headers.get_content_type()
             if kind.startswith(("video/", "multipart/")) or kind.endswith("mpegurl"):
                 return Video(address, Path(stem).stem, is_live=kind.startswith("multipart/"))
             content = answer.read(_LONGEST_PICTURE + 1)
-    except (OSError, ValueError, urllib.error.URLError) as error:
-        reason = getattr(error, "reason", None) or error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or first_line(error)
         raise UserError(f"{address} does not answer ({reason}); check the address.") from error
     if len(content) > _LONGEST_PICTURE or not _is_picture(content):
         return Video(address, Path(stem).stem, is_live=False)
@@ -306,7 +317,7 @@ def _opened(address: str) -> cv2.VideoCapture:
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     if address.isascii() and address.isdigit() and not Path(address).exists():
         return cv2.VideoCapture(int(address))
-    if _ADDRESS.match(address):
+    if is_address(address):
         patience = [
             *(cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _PATIENCE * 1000),
             *(cv2.CAP_PROP_READ_TIMEOUT_MSEC, _PATIENCE * 1000),

@@ -61,10 +61,10 @@ def _reader(data: Path, split: str | None, parameter: str = "split") -> Callable
     if files:
         chosen = choose_split(data, sorted(files), split, parameter)
         return functools.partial(_read_coco, data, files[chosen], chosen)
-    yaml_file = find_yaml(data)
-    if yaml_file is not None:
-        chosen = choose_split(yaml_file, list(yolo_splits(yaml_file)), split, parameter)
-        return functools.partial(read_yolo, yaml_file, chosen)
+    found = find_yaml(data)
+    if found is not None:
+        chosen = choose_split(found[0], list(yolo_splits(*found)), split, parameter)
+        return functools.partial(read_yolo, *found, chosen)
     xml = voc_splits(data)
     if xml:
         return functools.partial(read_voc, data, choose_split(data, list(xml), split, parameter))

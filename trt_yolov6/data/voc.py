@@ -35,10 +35,14 @@ def voc_splits(root: Path) -> dict[str, list[Path]]:
         folder = root
         splits = {
             "val" if inner.name == "valid" else inner.name: found
-            for inner in sorted(path for path in root.iterdir() if path.is_dir())
-            if (found := sorted(inner.glob("*.xml")))
+            for inner in sorted(path for path in root.glob("[!.]*") if path.is_dir())
+            if (found := _xml_in(inner))
         }
-    return splits or ({_WHOLE: found} if (found := sorted(folder.glob("*.xml"))) else {})
+    return splits or ({_WHOLE: found} if (found := _xml_in(folder)) else {})
+
+
+def _xml_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[!.]*.xml"))  # macOS and editors keep hidden files of their own
 
 
 def _listed(folder: Path, line: str) -> Path:
@@ -63,7 +67,8 @@ def read_voc(root: Path, split: str) -> Source:
     splits = voc_splits(root)
     # Over all splits, so that training and validation have the same order.
     parsed = {path: _parsed(path) for paths in splits.values() for path in paths}
-    names = sorted({item["name"] for record in parsed.values() for item in record["objects"]})
+    found = {item["name"] for record in parsed.values() for item in record["objects"]}
+    names = sorted(found - {""})
     places = {name: place for place, name in enumerate(names, start=1)}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -73,7 +78,7 @@ def read_voc(root: Path, split: str) -> Source:
         annotations += [
             {
                 "image_id": index,
-                "category_id": places[item["name"]],
+                "category_id": places.get(item["name"]),
                 "bbox": item["bbox"],
                 "iscrowd": item["difficult"],
                 "where": f"{path} object {place}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_yolov6.common.records import read_yaml
+from trt_yolov6.common.text import counted
 from trt_yolov6.data.annotations import whole
 from trt_yolov6.data.images import images_below, upright_size
 from trt_yolov6.data.sources import Source
@@ -18,37 +20,52 @@ from trt_yolov6.errors import UserError
 SPLITS = ("train", "val", "test")
 """The keys of `data.yaml` that name images; `valid` is read as `val`."""
 
+DataYaml = Mapping[str, Any]
+"""Content of `data.yaml`: texts, lists and dictionaries."""
+
+_NULL = ("", "~", "null", "Null", "NULL")
+"""Texts that YAML has for nothing."""
+
 _MOST = 1.5
 """Most that a box in fractions of the image has; more is in pixels."""
 
 _WANTED = "a class number and four fractions of the image"
 
 
-def find_yaml(data: Path) -> Path | None:
-    """Return the YAML file that describes a data set: the file itself, or one in its folder."""
-    if data.is_file():
-        return data if data.suffix in (".yaml", ".yml") else None
-    usual = [data / name for name in ("data.yaml", "data.yml", "dataset.yaml")]
-    there = [path for path in usual if path.is_file()]
-    if there:
-        return there[0]
-    others = sorted(path for path in data.glob("*.y*ml") if _has_names(path))
-    return others[0] if len(others) == 1 else None
-
-
-def yolo_splits(file: Path) -> dict[str, list[Path]]:
-    """Return the folders or lists of images of each split that `data.yaml` names.
-
-    Paths may be relative to the key `path`, to the file or to the working directory.
+def find_yaml(data: Path) -> tuple[Path, DataYaml] | None:
+    """Return the YAML file that describes a data set, the one given or in a folder, and its keys.
 
     Raises:
         UserError: the file is not such YAML.
     """
-    content = _read_yaml(file)
+    if data.is_file():
+        return (data, _read_yaml(data)) if data.suffix in (".yaml", ".yml") else None
+    for name in ("data.yaml", "data.yml", "dataset.yaml"):
+        if (data / name).is_file():
+            return data / name, _read_yaml(data / name)
+    others = []
+    for path in sorted(data.glob("*.y*ml")):
+        with contextlib.suppress(UserError):
+            others.append((path, _read_yaml(path)))
+    described = [(path, content) for path, content in others if "names" in content]
+    return described[0] if len(described) == 1 else None
+
+
+def yolo_splits(file: Path, content: DataYaml) -> dict[str, list[Path]]:
+    """Return the folders or lists of images of each split that `data.yaml` names.
+
+    Paths may be relative to the key `path`, to the file or to the working directory.
+
+    Args:
+        file, content: from `find_yaml`.
+
+    Raises:
+        UserError: a split is something else.
+    """
     splits: dict[str, list[Path]] = {}
     for key in (*SPLITS, "valid"):
         value = content.get(key)
-        if value in (None, "", []):
+        if not value:
             continue
         listed = value if isinstance(value, list) else [value]
         places = [place for place in listed if isinstance(place, str)]
@@ -59,20 +76,23 @@ def yolo_splits(file: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def read_yolo(file: Path, split: str) -> Source:
+def read_yolo(file: Path, content: DataYaml, split: str) -> Source:
     """Read a split as the content of a COCO file.
 
     The boxes of `images/a.jpg` are in `labels/a.txt`, or in `a.txt` next to it: a line per object,
     `class x y width height`, the centre and the sides as fractions of the image; or `class x1 y1
     x2 y2 x3 y3 ...`, a polygon. With `kpt_shape` in the YAML, keypoints follow the box. An image
-    without such a file has no objects, which is noted.
+    without such a file has no objects, which is noted, and so is a file of several images.
+
+    Args:
+        file, content: from `find_yaml`.
+        split: one of `yolo_splits`.
 
     Raises:
         UserError: the YAML names no classes, the split has no image, or none of them has labels.
     """
-    content = _read_yaml(file)
-    names, has_keypoints = _class_names(file, content), content.get("kpt_shape") is not None
-    places = yolo_splits(file)[split]
+    names, has_keypoints = _class_names(file, content), "kpt_shape" in content
+    places = yolo_splits(file, content)[split]
     paths = list(dict.fromkeys(path for place in places for path in _images(file, split, place)))
     if not paths:
         raise UserError(f"{file}: {split} has no image in {places[0]}; check the path.")
@@ -84,7 +104,6 @@ def read_yolo(file: Path, split: str) -> Source:
             f"{file}: no image of {split} has labels; put those of {paths[0]} into "
             f"{label_path(paths[0])}."
         )
-    bare = [path for path in paths if path not in labels_of]
     with ThreadPoolExecutor() as pool:
         sizes = list(pool.map(_size_or_none, paths))
     images: list[dict[str, Any]] = []
@@ -118,13 +137,27 @@ def read_yolo(file: Path, split: str) -> Source:
             "categories": [{"id": number, "name": name} for number, name in names.items()],
         },
         folders=(places[0] if places[0].is_dir() else file.parent,),
-        notes=(
-            f"{len(bare)} of {len(paths)} images of {split} have no label file and count as "
-            f"without objects; the first: {bare[0]}",
-        )
-        if bare
-        else (),
+        notes=tuple(_notes(split, paths, labels_of)),
     )
+
+
+def _notes(split: str, paths: Sequence[Path], labels_of: Mapping[Path, Path]) -> Iterator[str]:
+    bare = [path for path in paths if path not in labels_of]
+    if bare:
+        yield (
+            f"{len(bare)} of {len(paths)} images of {split} have no label file and count as "
+            f"without objects; the first: {bare[0]}"
+        )
+    images_of: dict[Path, list[Path]] = {}
+    for path, labels in labels_of.items():
+        images_of.setdefault(labels, []).append(path)
+    shared = [(labels, images) for labels, images in images_of.items() if len(images) > 1]
+    if shared:
+        labels, images = shared[0]
+        yield (
+            f"images of {split} share {counted(len(shared), 'label file')}, whose boxes count for "
+            f"each of them; the first: {labels}, of {images[0].name} and {images[1].name}"
+        )
 
 
 def label_path(image: Path) -> Path:
@@ -209,7 +242,7 @@ def _images(file: Path, split: str, place: Path) -> list[Path]:
     raise UserError(f"{file} says that {split} is in {place}, which is not there; correct it.")
 
 
-def _resolved(file: Path, content: Mapping[str, Any], place: str) -> Path:
+def _resolved(file: Path, content: DataYaml, place: str) -> Path:
     root = content.get("path")
     roots = [file.parent / root, Path(root)] if isinstance(root, str) and root else []
     candidates = [base / place for base in (*roots, file.parent, Path())]
@@ -221,9 +254,9 @@ def _resolved(file: Path, content: Mapping[str, Any], place: str) -> Path:
     return next((path for path in candidates if path.exists()), candidates[0])
 
 
-def _class_names(file: Path, content: Mapping[str, Any]) -> dict[int, str]:
+def _class_names(file: Path, content: DataYaml) -> dict[int, str]:
     """Return the names by the numbers that labels have for them: the keys, or 0, 1 and so on."""
-    names = read_yaml(file, texts=True).get("names")
+    names = content.get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
     try:
@@ -242,18 +275,12 @@ def _class_names(file: Path, content: Mapping[str, Any]) -> dict[int, str]:
     return numbered
 
 
-def _has_names(file: Path) -> bool:
-    try:
-        return "names" in _read_yaml(file)
-    except UserError:
-        return False
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    content = read_yaml(file)
+def _read_yaml(file: Path) -> DataYaml:
+    """Return the keys that have a value, numbers and the like as the texts they are written as."""
+    content = read_yaml(file, texts=True)
     if not isinstance(content, dict):
         raise UserError(f"{file} does not hold keys such as train, val and names; correct it.")
-    return content
+    return {key: value for key, value in content.items() if value not in _NULL}
 
 
 def _size_or_none(path: Path) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Detection:
     """Name of the class, `class_<id>` where the detector has no names."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Detections:
     """The objects found in one image, highest confidence first.
 
@@ -57,6 +58,8 @@ class Detections:
         [('dog', 0.75), ('cat', 0.5)]
         >>> found[found.confidence > 0.6].xyxy.tolist()
         [[10.0, 20.0, 60.0, 80.0]]
+        >>> found
+        <Detections: 1 dog, 1 cat>
     """
 
     xyxy: NDArray[np.float32]
@@ -70,6 +73,12 @@ class Detections:
     """Names of the detector's classes; empty where they are unknown."""
     path: Path | None = None
     """File of the image; None where it was an array."""
+
+    def __repr__(self) -> str:
+        """Return the number of objects by class, the most frequent first."""
+        counts = Counter(self.class_name(number) for number in self.class_id.tolist())
+        listed = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        return f"<Detections{f' in {self.path.name}' if self.path else ''}: {listed or 'none'}>"
 
     def __len__(self) -> int:
         return len(self.confidence)

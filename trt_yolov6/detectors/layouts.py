@@ -75,7 +75,9 @@ def _read_split(outputs: Outputs, size: tuple[int, int]) -> ReadImage:
 def _read_split_by_class(outputs: Outputs, size: tuple[int, int]) -> ReadImage:
     boxes = _only(outputs, "boxes (batch, anchors, 4)", lambda a: a.ndim == 3 and a.shape[2] == 4)
     scores = _only(
-        outputs, "scores (batch, classes, anchors)", lambda a: a.ndim == 3 and a is not boxes
+        outputs,
+        "scores (batch, classes, anchors)",
+        lambda a: a.ndim == 3 and a is not boxes and a.shape[2] == boxes.shape[1],
     )
     return lambda index: Anchors(_float32(scores[index].T), _corners(boxes[index]))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings, TensorSpec
 
@@ -45,9 +46,9 @@ def names_in(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
     value = literal(metadata.get("names", ""))
     if isinstance(value, dict):
         # Numbers in YOLOv5 to 26, texts in files that went through JSON.
-        try:
-            value = [value[key] for key in sorted(value, key=int)]
-        except (ValueError, TypeError):
+        by_number = {str(key): name for key, name in value.items()}
+        value = [by_number.get(str(index)) for index in range(len(value))]
+        if None in value:
             return None
     return tuple(str(item) for item in value) if isinstance(value, list) and value else None
 
@@ -63,7 +64,6 @@ def image_size_in(metadata: Mapping[str, str]) -> tuple[int, int] | None:
 def nms_in(metadata: Mapping[str, str]) -> NmsSettings | None:
     """Return the thresholds of the suppression inside a graph, as its metadata has them."""
     try:
-        value = json.loads(metadata.get("nms", "null"))
-        return NmsSettings(**value) if value else None
-    except (ValueError, TypeError, UserError):
+        return as_record(json.loads(metadata.get("nms", "null")), NmsSettings, "")
+    except (ValueError, RecursionError, UserError):
         return None

@@ -100,7 +100,7 @@ def is_detector(
         possible &= set(family_named(decoder).layouts)
     if not possible or not only_known_anchors or possible & _NMS_INSIDE:
         return bool(possible)
-    known = _anchor_counts(facts.image_size, 1) | _anchor_counts(facts.image_size, 3)
+    known = _anchor_counts(facts.image_size, 1, 3)
     return any(known.intersection(spec.shape) for spec in facts.outputs if len(spec.shape) == 3)
 
 
@@ -190,7 +190,8 @@ def _possible_layouts(facts: GraphFacts) -> list[OutputLayout]:
             return ["split"]
     if ranks == [3, 3]:
         boxes, scores = sorted(outputs, key=lambda spec: spec.shape[2] != 4)
-        if boxes.shape[2] == 4 and scores.shape[2] != 4:
+        anchors, last = boxes.shape[1], scores.shape[2]
+        if boxes.shape[2] == 4 != last and (None in (anchors, last) or anchors == last):
             return ["split_by_class"]
     if len(outputs) == 4 and all(
         sum(word in spec.name.lower() for spec in outputs) == 1 for word in EFFICIENT_NMS_WORDS
@@ -222,7 +223,7 @@ def _layouts_of_one(spec: TensorSpec, facts: GraphFacts) -> list[OutputLayout]:
     if first is None and last is None and _is_ultralytics(facts):
         return ["best" if _has_nms_inside(facts.metadata) else "columns"]
     rows: list[OutputLayout] = ["rows", "grid_rows", "corner_rows"]
-    known = _anchor_counts(facts.image_size, 1) | _anchor_counts(facts.image_size, 3)
+    known = _anchor_counts(facts.image_size, 1, 3)
     if last == 6 and first not in known:
         # Six columns are also a box, objectness and one class.
         if first is None:
@@ -249,14 +250,12 @@ _MOST_FOUND = 1000
 """Boxes of an image that a graph with NMS inside gives at most; a head has more anchors."""
 
 
-def _anchor_counts(size: tuple[int, int] | None, each: int) -> set[int]:
-    """Return how many anchors heads with `each` a cell have for an input."""
+def _anchor_counts(size: tuple[int, int] | None, *each: int) -> set[int]:
+    """Return how many anchors heads with one of `each` a cell have for an input."""
     if size is None:
         return set()
-    return {
-        each * sum((size[0] // stride) * (size[1] // stride) for stride in strides)
-        for strides in STRIDES
-    }
+    cells = [sum((size[0] // one) * (size[1] // one) for one in strides) for strides in STRIDES]
+    return {count * number for count in each for number in cells}
 
 
 def _listed(outputs: Sequence[TensorSpec]) -> str:

@@ -12,7 +12,7 @@ import onnx
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from trt_yolov6.common.files import read_bytes
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import UserError, first_line
 from trt_yolov6.graph.editing import set_nodes
 from trt_yolov6.graph.index import constants_of, names_read, subgraphs, type_name
 from trt_yolov6.graph.reference import parsed_model
@@ -47,6 +47,12 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
         raise _not_whole(path, error) from error
     if not model.graph.node:
         raise UserError(f"{path} is not an ONNX model with any operator; export it again.")
+    for tensor in _tensors(model.graph):  # which the checker does not look at
+        if type_name(tensor.data_type) == "undefined":
+            raise UserError(
+                f"{path} has {tensor.name!r} in a type that ONNX does not know; export or copy it "
+                "again."
+            )
     return model
 
 
@@ -72,9 +78,10 @@ def read_weights(model: onnx.ModelProto, path: Path) -> bool:
             "files together, or export with the weights inside."
         ) from error
     for tensor in _tensors(model.graph):
+        if not tensor.HasField("raw_data") or not _is_bytewise(tensor):
+            continue
         width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        wanted = width * math.prod(tensor.dims)
-        if tensor.HasField("raw_data") and wanted > len(tensor.raw_data) and _is_bytewise(tensor):
+        if width * math.prod(tensor.dims) > len(tensor.raw_data):
             raise UserError(
                 f"{path} keeps the weights of {tensor.name!r} in {', '.join(places)}, which is cut "
                 "short; copy it again."
@@ -114,11 +121,14 @@ def value_spec(value: onnx.ValueInfoProto, path: str | Path) -> TensorSpec:
     """Return name, shape and dtype of a graph's input or output; an axis left free is None.
 
     Raises:
-        UserError: it is not a tensor.
+        UserError: it is not a tensor, or of a type that ONNX does not know.
     """
     tensor = value.type.tensor_type
-    if not value.type.HasField("tensor_type") or not tensor.elem_type:
-        raise UserError(f"{path} has {value.name!r}, which is not a tensor; a detector is needed.")
+    if not value.type.HasField("tensor_type") or type_name(tensor.elem_type) == "undefined":
+        raise UserError(
+            f"{path} has {value.name!r}, which is not a tensor of a known type; a detector is "
+            "needed."
+        )
     # Some exporters write a free axis as -1 or 0.
     shape = tuple(d.dim_value if d.dim_value > 0 else None for d in tensor.shape.dim)
     return TensorSpec(
@@ -154,12 +164,13 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _is_bytewise(tensor: onnx.TensorProto) -> bool:
-    """Return False for the types of which two or more values share a byte."""
-    return not type_name(tensor.data_type).endswith(("int4", "int2", "float4e2m1", "string"))
+    """Return False for the types of which two or more values share a byte, and unknown ones."""
+    others = ("int4", "int2", "float4e2m1", "string", "undefined")
+    return not type_name(tensor.data_type).endswith(others)
 
 
 def _not_whole(path: Path, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     if path.suffix != ".onnx":
         return UserError(
             f"{path} is not an ONNX model ({reason}); give an ONNX file (.onnx) or a YOLOv6 "

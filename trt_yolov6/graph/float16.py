@@ -30,9 +30,8 @@ def to_fp16(model: onnx.ModelProto, keep_float32: Collection[str] = ()) -> onnx.
 
     # Suppression and its index arithmetic have no half-precision kernels to speak of.
     blocked = ["NonMaxSuppression", "TopK", "Resize"]
-    float32 = {
-        name for node in model.graph.node if node.name in set(keep_float32) for name in node.output
-    }
+    kept = set(keep_float32)
+    float32 = {name for node in model.graph.node if node.name in kept for name in node.output}
     outputs = [item.name for item in model.graph.output]
     half = {"scores"} - float32 if outputs == ["boxes", "scores"] else set()
     converted = convert_float_to_float16(
@@ -42,7 +41,7 @@ def to_fp16(model: onnx.ModelProto, keep_float32: Collection[str] = ()) -> onnx.
             *(name for name in outputs if name not in half),
         ],
         op_block_list=blocked,
-        node_block_list=list(keep_float32),
+        node_block_list=list(kept),
     )
     graph = gs.import_onnx(converted)
     _remove_bounces(graph)

@@ -52,8 +52,8 @@ def with_one_input(
         image_size: height and width of the input; None reads it off the image input.
 
     Raises:
-        UserError: it has inputs whose meaning is not known, or no fixed image size where it asks
-            for that.
+        UserError: it has inputs whose meaning or shape is not known, or no fixed image size where
+            it asks for that.
     """
     inputs = runtime_inputs(model)
     others = [item for item in inputs if item.name in (SCALE_FACTOR, IMAGE_SHAPE)]
@@ -63,14 +63,18 @@ def with_one_input(
             f"{path} has the inputs {names}; a detector with one image input is needed (and at "
             f"most {SCALE_FACTOR} and {IMAGE_SHAPE} besides)."
         )
-    image = next(item for item in inputs if item not in others)
     for item in others:
-        is_factor = item.name == SCALE_FACTOR
-        row = (1.0, 1.0) if is_factor else image_size or _size_of(image, path)
-        batch = item.type.tensor_type.shape.dim[0].dim_value
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(item.type.tensor_type.elem_type)
+        spec = value_spec(item, path)
+        if len(spec.shape) != 2 or spec.dtype.kind not in "fiu":
+            raise UserError(
+                f"{path} takes {spec.name} as {spec.dtype} {list(spec.shape)}, not as numbers "
+                "(batch, 2); a detector that PaddleDetection exported is needed."
+            )
+        row = (1, 1) if item.name == SCALE_FACTOR else image_size or input_size(model, path)
+        if row is None:
+            raise UserError(f"{path} leaves its image size free; fix it with `image_size`.")
         # One row serves a free batch: it is broadcast.
-        value = np.tile(np.array(row, dtype), (batch if batch > 0 else 1, 1))
+        value = np.tile(np.array(row, spec.dtype), (spec.shape[0] or 1, 1))
         add_initializers(model.graph, {item.name: value})
         model.graph.input.remove(item)
         # Before version 4 of the format an initializer had to be an input as well.
@@ -78,8 +82,12 @@ def with_one_input(
     return model
 
 
-def _size_of(image: Any, path: str | Path) -> tuple[float, float]:
-    sides = [dim.dim_value for dim in image.type.tensor_type.shape.dim[2:]]
-    if len(sides) != 2 or min(sides) <= 0:
-        raise UserError(f"{path} leaves its image size free; fix it with `image_size`.")
-    return sides[0], sides[1]
+def input_size(model: onnx.ModelProto, path: str | Path) -> tuple[int, int] | None:
+    """Return height and width in pixels of a graph's image input; None where one is free."""
+    for item in runtime_inputs(model):
+        if item.name not in (SCALE_FACTOR, IMAGE_SHAPE):
+            spec = value_spec(item, path)
+            match spec.shape[1:3] if spec.dtype == np.uint8 else spec.shape[2:]:
+                case (int(height), int(width)):
+                    return height, width
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx
 
@@ -63,7 +63,7 @@ class OnnxDetails:
     dequantize_nodes: int
     precisions: dict[str, int]
     """Number of layers by the precision that they compute in."""
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer, ...] = field(repr=False)
     flops: int | None
     """FLOPs of all layers for one image; None where the graph leaves the image size open."""
     paper_flops: int | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from trt_yolov6.spec import BatchProfile, PrecisionName
 class Graph(Described):
     """An ONNX model ready to be built, with what the manifest has to say about it."""
 
-    model: onnx.ModelProto
+    model: onnx.ModelProto = field(repr=False)
     name: str
     detector: DetectorSpec
     batch: BatchProfile

@@ -18,7 +18,7 @@ from trt_yolov6.graph.editing import (
     replace_tensor,
     set_nodes,
 )
-from trt_yolov6.graph.index import GraphIndex, attribute, tensor_value
+from trt_yolov6.graph.index import GraphIndex, attribute, names_read, tensor_value
 
 
 def with_folded_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -52,15 +52,17 @@ def _move_constants(model: onnx.ModelProto) -> None:
 def _fold_batch_normalization(model: onnx.ModelProto) -> None:
     graph = model.graph
     weights = {item.name: item for item in graph.initializer}
-    readers = Counter(name for node in graph.node for name in node.input)
+    readers = Counter(name for node in graph.node for name in names_read(node))
     readers.update(item.name for item in graph.output)
     producers = {node.output[0]: node for node in graph.node if node.op_type == "Conv"}
     left: list[onnx.NodeProto] = []
     for norm in graph.node:
         left.append(norm)
         conv = producers.get(norm.input[0]) if norm.op_type == "BatchNormalization" else None
-        if conv is None or len(norm.output) > 1 or readers[norm.input[0]] > 1:
+        if conv is None or readers[norm.input[0]] > 1:
             continue
+        if len(norm.output) > 1 or attribute(norm, "training_mode", 0):
+            continue  # by the batch's own mean and variance
         names = [*norm.input[1:], *conv.input[1:]]
         own = conv.input[1]
         if any(name not in weights for name in names) or readers[own] > 1:

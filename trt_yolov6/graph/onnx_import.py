@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.files import graph_precision, read_onnx, value_spec
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
-from trt_yolov6.graph.index import inferred
 from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.normalize import with_folded_weights
@@ -58,8 +56,7 @@ def graph_from_onnx(
     metadata = {item.key: item.value for item in model.metadata_props}
     model = with_one_input(model, path, image_size)
     size, profile = _fix_input(model, path, image_size, batch, metadata)
-    _fill_in_output_shapes(model)
-    dropped = drop_other_outputs(model, path, size, decoder)
+    dropped = drop_other_outputs(model, path, decoder)
     outputs = [value_spec(item, path) for item in model.graph.output]
     family, layout = recognize(facts_of(model, outputs, size), path, decoder)
     precision = graph_precision(model)
@@ -129,28 +126,6 @@ def _class_names(path: Path, names: tuple[str, ...] | None, count: int | None) -
             "check `class_names`.",
         )
     return names
-
-
-def _fill_in_output_shapes(model: onnx.ModelProto) -> None:
-    """Give the outputs the lengths that follow from the image size, where the file leaves them."""
-    shapes = [output.type.tensor_type.shape for output in model.graph.output]
-    if all(dim.dim_value for shape in shapes for dim in shape.dim[1:]):
-        return
-    bare = copy.deepcopy(model)
-    # What the exporter noted of a free size would stand in the way.
-    del bare.graph.value_info[:]
-    for output in bare.graph.output:
-        output.type.tensor_type.ClearField("shape")
-    sized = inferred(bare)
-    if sized is None:
-        return
-    for shape, output in zip(shapes, sized.graph.output, strict=True):
-        known = output.type.tensor_type.shape
-        if not shape.dim:
-            shape.CopyFrom(known)
-        for own, found in zip(shape.dim, known.dim, strict=False):
-            if not own.dim_value and found.dim_value:
-                own.dim_value = found.dim_value
 
 
 def _fixed_size(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ import onnx
 from trt_yolov6.detectors.recognition import GraphFacts, is_detector
 from trt_yolov6.graph.editing import drop_unread_initializers, set_nodes
 from trt_yolov6.graph.files import value_spec
-from trt_yolov6.graph.index import GraphIndex
+from trt_yolov6.graph.index import GraphIndex, inferred
+from trt_yolov6.graph.inputs import input_size
 from trt_yolov6.graph.operators import UNDECODED_OPS, WEIGHTED_OPS
 from trt_yolov6.spec import TensorSpec
 
@@ -20,10 +22,7 @@ _MOST_OUTPUTS = 8
 
 
 def drop_other_outputs(
-    model: onnx.ModelProto,
-    path: str | Path,
-    size: tuple[int, int] | None = None,
-    decoder: str | None = None,
+    model: onnx.ModelProto, path: str | Path, decoder: str | None = None
 ) -> tuple[str, ...]:
     """Drop outputs that are not a detector's, and the nodes that only they needed.
 
@@ -31,15 +30,16 @@ def drop_other_outputs(
     shapes fit the input's size take precedence.
 
     Args:
-        model: changed in place where its outputs together are of no known layout.
+        model: changed in place; outputs also get the lengths that follow from the input's.
         path: of the model, for messages.
-        size: height and width of its input, where known.
         decoder: the family whose layouts are looked for; None for all.
 
     Returns:
         The names of those dropped; none where no part of the outputs is a detector's either.
     """
+    _fill_in_output_shapes(model)
     names = tuple(item.name for item in model.graph.output)
+    size = input_size(model, path)
 
     def fits(names: tuple[str, ...], only_known_anchors: bool) -> bool:
         chosen = [item for item in model.graph.output if item.name in names]
@@ -63,6 +63,32 @@ def drop_other_outputs(
     set_nodes(model.graph, [node for node in model.graph.node if needed.intersection(node.output)])
     drop_unread_initializers(model.graph)
     return dropped
+
+
+def _fill_in_output_shapes(model: onnx.ModelProto) -> None:
+    """Give outputs the lengths that follow from the input's, where the file leaves them free."""
+    own = _output_tensors(model)
+    if all(axis.dim_value > 0 for tensor in own for axis in tensor.shape.dim[1:]):
+        return
+    bare = copy.deepcopy(model)
+    # What the exporter noted of a free size would stand in the way.
+    del bare.graph.value_info[:]
+    for tensor in _output_tensors(bare):
+        tensor.ClearField("shape")
+    sized = inferred(bare)
+    if sized is None:
+        return
+    for tensor, known in zip(own, _output_tensors(sized), strict=True):
+        if not tensor.shape.dim:
+            tensor.shape.CopyFrom(known.shape)
+        for axis, found in zip(tensor.shape.dim, known.shape.dim, strict=False):
+            if axis.dim_value <= 0 < found.dim_value:  # see `value_spec`
+                axis.dim_value = found.dim_value
+
+
+def _output_tensors(model: onnx.ModelProto) -> list[onnx.TypeProto.Tensor]:
+    types = [output.type for output in model.graph.output]
+    return [kind.tensor_type for kind in types if kind.HasField("tensor_type")]
 
 
 def dropped_text(names: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from trt_yolov6.common.files import check_writable
 from trt_yolov6.common.plots import new_figure, save_figure
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers, at_opset
@@ -219,6 +220,17 @@ def input_scales(
     return activation_scales(place(model, placement.float_layers, requantize=True), amax)
 
 
+def check_chart(path: str | Path) -> None:
+    """Refuse a path that `write_chart` cannot write to; quick, so ask before the measurement.
+
+    Raises:
+        UserError: it is not a .png file or cannot be written.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise UserError(f"`plot` {path} is not a PNG file; give a name that ends in .png.")
+    check_writable(path)
+
+
 def write_chart(result: Sensitivity, path: str | Path) -> None:
     """Draw a bar for each layer, the most sensitive on top, as a PNG file.
 
@@ -228,8 +240,7 @@ def write_chart(result: Sensitivity, path: str | Path) -> None:
         UserError: the path is no .png file or cannot be written.
         MissingDependencyError: matplotlib is not installed.
     """
-    if Path(path).suffix.lower() != ".png":
-        raise UserError(f"`plot` {path} is not a PNG file; give a name that ends in .png.")
+    check_chart(path)
     if not result.layers:
         raise UserError("no layer runs in INT8, so that there is nothing to draw.")
     names, values = zip(*result.layers, strict=True)

@@ -36,11 +36,14 @@ class Comparison:
 
     def picture(self, example: Mapping[str, Any]) -> str | None:
         """Return an example's image as base64 of a JPEG; None where it is gone."""
-        path = (self.folder / str(example.get("picture", ""))).resolve()
-        # A results file may name only images next to itself.
-        if not path.is_relative_to(self.folder.resolve()) or not path.is_file():
+        try:
+            path = (self.folder / example["picture"]).resolve()
+            # A results file may name only images next to itself.
+            if not path.is_relative_to(self.folder.resolve()) or not path.is_file():
+                return None
+            content = path.read_bytes()
+        except (OSError, ValueError):  # the last for what no path holds, such as a null byte
             return None
-        content = path.read_bytes()
         if not content.startswith(b"\xff\xd8") or len(content) > MAX_PICTURE_BYTES:
             return None
         return base64.b64encode(content).decode()

@@ -29,7 +29,9 @@ def write_report(material: Material, path: str | Path, title: str = "") -> Path:
         UserError: the ending is another one, or the file cannot be written.
     """
     path = check_form(path)
-    write_bytes(path, FORMS[path.suffix.lower()](material, title).encode())
+    text = FORMS[path.suffix.lower()](material, title)
+    # Names of files that are not UTF-8 hold what cannot be encoded.
+    write_bytes(path, text.encode(errors="replace"))
     return path
 
 

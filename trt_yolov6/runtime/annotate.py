@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -77,7 +77,7 @@ def infer_source(
         UserError: the source is missing or unreadable, or the engine cannot do what is asked. An
             unreadable image among others is listed in the summary instead.
     """
-    formats = (formats,) if isinstance(formats, str) else formats
+    formats = (formats,) if isinstance(formats, str) else tuple(dict.fromkeys(formats))
     for form in formats:
         if form not in get_args(Format):
             known = ", ".join(get_args(Format))
@@ -90,16 +90,12 @@ def infer_source(
         places = [] if media.is_live else [Path(media.address).parent]
     else:
         places = [item.path.parent for item in media.items if item.path is not None]
-    folders, target = {place.resolve() for place in set(places)}, output.resolve()
-    within = sum(folder.is_relative_to(target) for folder in folders)
-    if 0 < within < len(folders):  # drawn by an earlier run, probably
-        raise UserError(
-            f"{output} lies within the source and holds images, which would be drawn on again; "
-            "give a folder outside as `output`."
-        )
-    if target in folders:
+    check_outside(output, places)
+    if output.resolve() in {place.resolve() for place in set(places)}:
         raise UserError(f"{output} is the folder of the source; give another folder as `output`.")
     options = (options or PredictOptions()).over(default_nms(engine))
+    if isinstance(media, Pictures) and frames is not None:
+        raise UserError("`frames` is for videos and streams; leave it out.")
     if isinstance(media, Pictures) and "yolo" in formats:
         _check_stems(media)
     if isinstance(media, Video):
@@ -108,6 +104,25 @@ def infer_source(
         clip = open_video(media, frames, stop)
         return _infer_video(engine, media, clip, output, formats, options, progress)
     return _infer_pictures(engine, media, str(source), output, formats, options, progress)
+
+
+def check_outside(output: Path, folders: Iterable[Path]) -> None:
+    """Refuse an output within the source that holds images, which an earlier run probably drew.
+
+    Args:
+        output: the folder to write to.
+        folders: those in which the source's images lie.
+
+    Raises:
+        UserError: some of them are that folder or below it, but not all.
+    """
+    target = output.resolve()
+    within = {folder.resolve().is_relative_to(target) for folder in set(folders)}
+    if len(within) == 2:
+        raise UserError(
+            f"{output} lies within the source and holds images, of an earlier run perhaps; give a "
+            "folder outside as `output`."
+        )
 
 
 def _check_stems(pictures: Pictures) -> None:

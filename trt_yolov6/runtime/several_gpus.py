@@ -220,6 +220,14 @@ def _send(theirs: Connection, outgoing: queue.SimpleQueue[Any]) -> None:
                 return
 
 
+def _portable(error: Exception) -> Exception:
+    """Return an error as the other end can have it: itself, or its text where pickle fails."""
+    try:
+        return pickle.loads(pickle.dumps(error))  # type: ignore[no-any-return]
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
 def _work(
     theirs: Connection,
     gpu: str,
@@ -264,7 +272,7 @@ def _work(
     except EOFError:  # closed at the other end: nobody wants more
         pass
     except Exception as error:
-        outgoing.put(("failed", error))
+        outgoing.put(("failed", _portable(error)))
     outgoing.put(None)
     sender.join()
 

@@ -150,7 +150,7 @@ def decode(
                 kind: Kind = "unreadable-image"
             else:
                 kind = "wrong-size"
-            return Problem(image.path.name, None, kind, str(error).split(";")[0].rstrip("."))
+            return Problem(image.path.name, kind, str(error).split(";")[0].rstrip("."))
         use(index, pixels)
         return None
 

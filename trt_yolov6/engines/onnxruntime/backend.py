@@ -129,7 +129,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
             if len(runtime_inputs(graph)) > 1:
                 graph = with_one_input(graph, path)
                 has_changed = True
-            dropped = drop_other_outputs(graph, path, decoder=options.decoder)
+            dropped = drop_other_outputs(graph, path, options.decoder)
             if has_changed or dropped:
                 content = graph.SerializeToString()
     exact, whole = _exactly(content, options)

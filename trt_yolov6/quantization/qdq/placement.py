@@ -432,20 +432,19 @@ def _activated_terms(
 ) -> Iterator[str]:
     """Yield what activations write for additions whose other term is quantized, as is their result.
 
-    That is how the shortcuts of M and L-ReLU end, and, with SiLU and a factor on the other term,
-    those of L. Four such blocks of 128 channels take TensorRT 8 0.6 times half precision's time
-    with both terms in INT8 (0.5 times with SiLU and the factor in a scale), and 1.0 times with one
-    of them or none (H100). Shortcuts around SiLU without a factor have no pair yet.
+    That is how the shortcuts of M and L-ReLU end, with SiLU those of YOLOX, and with a factor on
+    the other term those of L. Four such blocks of 128 channels take TensorRT 8 0.6 times half
+    precision's time with both terms in INT8 (0.5 times with SiLU), and 0.8 to 1.0 times with one of
+    them or none (H100).
     """
     for node in graph.nodes:
         if node.op_type != "Add" or len(node.input) != 2 or node.output[0] in plain:
             continue
         read = [_before_factor(graph, name) for name in node.input]
-        weighted = read != list(node.input)
         activated = {
             name
             for name in node.input
-            if _is_rectified(graph, name, integer) or (weighted and _is_gated(graph, name, integer))
+            if _is_rectified(graph, name, integer) or _is_gated(graph, name, integer)
         }
         if (
             activated

@@ -15,8 +15,10 @@ from trt_yolov6.common.files import one_writer
 from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.data.coco import CocoDataset, CocoImage
 from trt_yolov6.data.letterbox import resolve_border
+from trt_yolov6.data.media import is_address
 from trt_yolov6.engines.base import EngineFacts, LoadOptions
 from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.annotate import check_outside
 from trt_yolov6.runtime.evaluate import Evaluation, FoundBatch, evaluate_found
 from trt_yolov6.runtime.predict import shown_nms
 from trt_yolov6.serving.ray.cluster import Actors, connected, fitting_actors
@@ -30,7 +32,7 @@ from trt_yolov6.serving.ray.parts import (
     open_job,
     part_names,
 )
-from trt_yolov6.serving.ray.pictures import RemotePicture, find_pictures, is_address
+from trt_yolov6.serving.ray.pictures import RemotePicture, find_pictures
 from trt_yolov6.spec import NmsSettings, PredictOptions
 
 MOST_IN_A_BLOCK = 256
@@ -104,14 +106,19 @@ def infer_on_ray(
         form: of the parts.
 
     Raises:
-        UserError: see `connected`, `find_pictures`, `open_job` and `load_engine`; or no picture
-            could be read.
+        UserError: see `connected`, `find_pictures`, `check_outside`, `open_job` and `load_engine`;
+            or no picture could be read.
     """
     start = time.perf_counter()
     files, facts = read_engine(Path(engine), options.backend, options.load)
     predict = _resolved(predict, facts, shown_nms(facts.nms))
     pictures = find_pictures(source)
+    names = (one.name for one in pictures if form == "parquet")
+    if odd := [name for name in names if name.encode(errors="ignore").decode() != name]:
+        raise UserError(f"{odd[0]} is not a name in UTF-8, as Parquet has it; write jsonl instead.")
     folder = ResultFolder(output)
+    if folder.is_local:
+        check_outside(Path(output), (Path(one.path).parent for one in pictures if not one.store))
     place = str(source) if is_address(str(source)) else str(Path(source).absolute())
     job = {
         "engine": facts.name,

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trt_yolov6.common.closing import Closing
 from trt_yolov6.common.files import write_bytes
+from trt_yolov6.data.media import is_address
 from trt_yolov6.errors import UserError, first_line
-from trt_yolov6.serving.ray.pictures import file_system, is_address, place_of
+from trt_yolov6.serving.ray.pictures import file_system, place_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -155,8 +156,6 @@ class PartWriter(Closing):
         rows: int = ROWS,
         seconds: float = SECONDS,
     ) -> None:
-        self.written = 0
-        """Parts written."""
         self._folder, self._kind = folder, kind
         self._most, self._seconds = rows, seconds
         self._rows: list[str] = []
@@ -186,7 +185,6 @@ class PartWriter(Closing):
             content = _parquet(content)
         self._folder.write(f"part-{self._next:06d}.{self._kind}", content)
         self._next += 1
-        self.written += 1
         self._rows = []
 
     def close(self) -> None:

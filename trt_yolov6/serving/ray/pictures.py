@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from trt_yolov6.data.images import IMAGE_SUFFIXES
-from trt_yolov6.data.media import Video, find_media
+from trt_yolov6.data.media import Video, find_media, is_address
 from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 
 LISTING_SUFFIXES = (".txt", ".lst")
 """A file of paths and addresses, one a line."""
-
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,6 @@ class RemotePicture:
         if not self.store:
             return Path(self.path), None
         return read_bytes(self.store, self.path), f"{_scheme(self.store)}://{self.path}"
-
-
-def is_address(text: str) -> bool:
-    """Return whether a text is an address such as `s3://bucket/folder`, not a path."""
-    return _ADDRESS.match(text) is not None
 
 
 def find_pictures(source: str | Path) -> tuple[RemotePicture, ...]:
@@ -175,26 +167,24 @@ def _below_address(address: str) -> tuple[RemotePicture, ...]:
     return tuple(sorted(pictures, key=lambda picture: picture.name))
 
 
-def _listed(lines: Sequence[str], listing: str, folder: Path | None) -> tuple[RemotePicture, ...]:
-    entries = [line.strip() for line in lines]
+def _listed(lines: Iterable[str], listing: str, folder: Path | None) -> tuple[RemotePicture, ...]:
+    entries = map(str.strip, lines)
     # Twice in a listing is one picture.
-    names = list(dict.fromkeys(entry for entry in entries if entry and not entry.startswith("#")))
+    names = dict.fromkeys(entry for entry in entries if entry and not entry.startswith("#"))
     if not names:
         raise UserError(f"{listing} lists no image; write one path or address per line.")
-    return tuple(_entries(names, listing, folder))
+    return tuple(_entry(name, listing, folder) for name in names)
 
 
-def _entries(names: Iterable[str], listing: str, folder: Path | None) -> Iterable[RemotePicture]:
-    for name in names:
-        if is_address(name):
-            yield RemotePicture(name, *place_of(name))
-        elif folder is None and not os.path.isabs(name):
-            raise UserError(
-                f"{listing} lists {name}, a relative path; a listing in a store needs addresses "
-                "or absolute paths."
-            )
-        else:
-            yield RemotePicture(name, "", str((folder or Path("/")) / name))
+def _entry(name: str, listing: str, folder: Path | None) -> RemotePicture:
+    if is_address(name):
+        return RemotePicture(name, *place_of(name))
+    if folder is None and not os.path.isabs(name):
+        raise UserError(
+            f"{listing} lists {name}, a relative path; a listing in a store needs addresses "
+            "or absolute paths."
+        )
+    return RemotePicture(name, "", str((folder or Path("/")) / name))
 
 
 def _scheme(store: str) -> str:
