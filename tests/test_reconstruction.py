@@ -162,7 +162,7 @@ def test_what_is_learned_is_kept_only_if_it_is_clearly_better(
     tiny: Graph, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float
 ) -> None:
     monkeypatch.setattr(search, "pooled_gain", lambda *_: Interval(gain, gain, gain))
-    settings = dataclasses.replace(PLAIN, reconstruct_minutes=0.02)
+    settings = dataclasses.replace(PLAIN, reconstruct_minutes=0.005)
     table = tmp_path / "tiny.calibration.json"
     result = quantize(tiny, folder, settings)
     assert (result.table.learned is not None) == (gain > 0)
@@ -180,7 +180,7 @@ def test_a_table_without_what_was_learned_is_made_again(
     tiny: Graph, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "pooled_gain", lambda *_: Interval(1, 1, 1))
-    settings = dataclasses.replace(PLAIN, reconstruct_minutes=0.01)
+    settings = dataclasses.replace(PLAIN, reconstruct_minutes=0.005)
     table = tmp_path / "tiny.calibration.json"
     write_table(table, quantize(tiny, folder, settings).table)
     learned_path(table).write_bytes(b"damaged")
