@@ -46,9 +46,9 @@ def find_yaml(data: Path) -> tuple[Path, DataYaml] | None:
     others = []
     for path in sorted(data.glob("*.y*ml")):
         with contextlib.suppress(UserError):
-            others.append((path, _read_yaml(path)))
-    described = [(path, content) for path, content in others if "names" in content]
-    return described[0] if len(described) == 1 else None
+            if "names" in (content := _read_yaml(path)):
+                others.append((path, content))
+    return others[0] if len(others) == 1 else None
 
 
 def yolo_splits(file: Path, content: DataYaml) -> dict[str, list[Path]]:
