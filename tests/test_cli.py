@@ -393,6 +393,14 @@ def test_help_answers_within_half_a_second_and_without_heavy_imports() -> None:
     assert float(done.stderr) < 0.5
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&- >out.txt"])
+def test_closed_streams_are_no_error(with_engine: Path, root: Path, closed: str) -> None:
+    command = f"{sys.executable} -m trt_yolov6 inspect engines/yolov6n.onnx {closed}"
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, shell=True, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_reader_that_leaves_early_is_no_error(with_engine: Path, root: Path) -> None:
     command = f"{sys.executable} -m trt_yolov6 inspect --layers engines/yolov6n.onnx | head -1"
     done = subprocess.run(

@@ -411,6 +411,7 @@ def test_a_label_that_cannot_be_meant_is_named(tmp_path: Path, line: str, said: 
         ("[1", "is not a YAML file"),
         ("7", "does not hold keys"),
         ("names: {one: a, two: b}\nval: images/val", "no list 'names'"),
+        ("names: [[a], b]\nval: images/val", "no list 'names'"),
         ("names: [a]\nval: [images/val, [7]]", r"has val: .*'images/val', .*; give a folder"),
         ("names: [a]\nval: labels/val", "val has no image in .*labels"),
     ],

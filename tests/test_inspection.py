@@ -295,6 +295,28 @@ def test_an_engines_manifest_is_shown_and_held_against_the_file(tmp_path: Path) 
     assert "ANOTHER file" in format_inspection(inspection)
 
 
+def test_a_calibration_is_told_in_words_without_its_trials(tmp_path: Path) -> None:
+    path = saved(graph(), tmp_path / "engine.onnx")
+    calibration = {
+        "calibrator": "margin",
+        "biases_corrected": True,
+        "tuned_by_gradients": False,
+        "images": 32,
+        "images_sha256": "0" * 64,
+        "agreement_interval": [0.92, 0.95],
+        "judged_on": {"images": 16, "held_out": True},
+        "tried": [{"decides": "graph"}, {"decides": "ranges"}],
+    }
+    write_manifest(path, dataclasses.replace(manifest_for(path), calibration=calibration))
+    inspection = inspect_file(path)
+    rows = dict(line.split(maxsplit=1) for line in format_inspection(inspection).splitlines())
+    assert rows["calibration"] == (
+        "calibrator margin, biases corrected, images 32, agreement interval 0.92 to 0.95, "
+        "judged on images 16, held out, 2 ways tried (--json lists them)"
+    )
+    assert inspection.to_json()["manifest"]["calibration"] == calibration
+
+
 def test_a_plan_names_the_tensorrt_that_built_it(tmp_path: Path) -> None:
     tensorrt_rtx: Any = pytest.importorskip("tensorrt_rtx")
     if not hasattr(tensorrt_rtx.ComputeCapability, "SM75"):

@@ -100,7 +100,7 @@ def test_changes_are_read_as_a_user_writes_them() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("fit", "give FIELD=VALUE with a field of fit, interpolation"),
+        ("fit", "fit is not understood; give FIELD=VALUE with a field of fit, interpolation"),
         ("size=3", "give FIELD=VALUE"),
         ("fit=middle", "choose one of letterbox, corner, stretch"),
         ("colour=grey", "choose one of rgb, bgr"),

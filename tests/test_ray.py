@@ -449,6 +449,7 @@ def test_listings_are_of_pictures_that_can_be_found(pictures: Path, tmp_path: Pa
     for text, address, said in (
         ("# nothing\n", str(listing), "lists no image"),
         ("0002.png\n", f"file://{listing}", "a listing in a store needs addresses"),
+        ("s3://[/x\n", str(listing), r"s3://\[/x is not an address"),
     ):
         listing.write_text(text)
         with pytest.raises(UserError, match=said):

@@ -353,6 +353,9 @@ dynamic_batching {
   default_queue_policy { max_queue_size: 100 timeout_action: REJECT }
 }
 parameters { key: "note" value { string_value: "} dynamic_batching {" } }
+instance_group [
+  { count: 3 kind: KIND_CPU }
+]
 """
 
 
@@ -364,6 +367,7 @@ def test_further_fields_take_the_place_of_ours(engine: Path) -> None:
     assert not batching.preferred_batch_size
     assert config.parameters["note"].string_value == "} dynamic_batching {"
     assert config.parameters["decoder"].string_value == "yolov6"
+    assert [group.count for group in config.instance_group] == [3]
     assert config.name == "tiny_fp32"
 
 

@@ -264,6 +264,11 @@ class TensorSpec:
     dtype: np.dtype[Any]
 
     @property
+    def sides(self) -> tuple[int | None, ...]:
+        """Height and width in pixels of a batch of images: uint8 ones have their channels last."""
+        return self.shape[1:3] if self.dtype == np.uint8 else self.shape[2:4]
+
+    @property
     def row_shape(self) -> tuple[int, ...]:
         """Lengths of one row of a batch, 0 where one varies."""
         return tuple(length or 0 for length in self.shape[1:])
@@ -284,7 +289,7 @@ class TensorSpec:
 
 def image_size_of(spec: TensorSpec) -> tuple[int, int]:
     """Return height and width in pixels of an engine's input."""
-    height, width = spec.shape[1:3] if spec.dtype == np.uint8 else spec.shape[2:4]
+    height, width = spec.sides
     assert height is not None
     assert width is not None
     return height, width

@@ -55,9 +55,9 @@ _COMMANDS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0 done, 1 a comparison fell short of its baseline, 2 wrong usage or bad input.
+    0 done, 1 a comparison fell short of its baseline, 2 wrong usage or bad input, 130 interrupted.
     """
-    _write_what_the_terminal_lacks()
+    _prepare_streams()
     options = parser().parse_args(arguments)
 
     def refused(message: str, code: int = 2) -> int:
@@ -99,11 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code or 0
 
 
-def _write_what_the_terminal_lacks() -> None:
-    """Print characters outside the terminal's encoding as escapes, instead of ending there."""
-    for stream in (sys.stdout, sys.stderr):
+def _prepare_streams() -> None:
+    """Print characters outside the terminal's encoding as escapes; print nowhere if closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # `>&-`; the next file would get its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         # What a test or a notebook puts in their place need not have it.
-        reconfigure = getattr(stream, "reconfigure", None)
+        reconfigure = getattr(getattr(sys, name), "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
 

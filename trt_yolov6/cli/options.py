@@ -169,7 +169,7 @@ def add_calibration(parser: argparse._ActionsContainer, calibrator: str = "auto"
         "--calibrator",
         choices=CALIBRATORS,
         default=calibrator,
-        help=f"auto: the one that agrees best with the float network ({calibrator})",
+        help=f"auto: the one that moves the float network's detections least ({calibrator})",
     )
     parser.add_argument(
         "--calib-images",

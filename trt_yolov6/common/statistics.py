@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+"""Probability that an interval is to cover."""
 
 
 @dataclass(frozen=True)
@@ -52,38 +53,32 @@ class Interval:
         return self.low <= other.high and other.low <= self.high
 
 
-def prediction_interval(
-    rounds: Sequence[float], floor: float = 0.0, confidence: float = CONFIDENCE
-) -> Interval:
+def prediction_interval(rounds: Sequence[float], floor: float = 0.0) -> Interval:
     """Return the median of the rounds and where a further one is to be expected.
 
     Args:
         rounds: the median time of each round, at least two, all above 0.
         floor: least relative half width, for drift that a run too short to see it is blind to.
-        confidence: in 0..1.
     """
     logs = [math.log(value) for value in rounds]
     count = len(logs)
     centre = statistics.median(logs)
-    half = student_t(confidence, count - 1) * statistics.stdev(logs) * math.sqrt(1 + 1 / count)
+    half = student_t(CONFIDENCE, count - 1) * statistics.stdev(logs) * math.sqrt(1 + 1 / count)
     half = max(half, math.log1p(floor))
     return Interval(math.exp(centre), math.exp(centre - half), math.exp(centre + half))
 
 
-def ratio_interval(
-    rounds: Sequence[float], base: Sequence[float], confidence: float = CONFIDENCE
-) -> Interval:
+def ratio_interval(rounds: Sequence[float], base: Sequence[float]) -> Interval:
     """Return how many times as long one engine takes as another, from rounds in pairs.
 
     Args:
         rounds: the median time of each of its rounds, at least two.
         base: that of the other engine in the same rounds.
-        confidence: in 0..1.
     """
     logs = [math.log(own / other) for own, other in zip(rounds, base, strict=True)]
     count = len(logs)
     centre = statistics.fmean(logs)
-    half = student_t(confidence, count - 1) * statistics.stdev(logs) / math.sqrt(count)
+    half = student_t(CONFIDENCE, count - 1) * statistics.stdev(logs) / math.sqrt(count)
     return Interval(math.exp(centre), math.exp(centre - half), math.exp(centre + half))
 
 

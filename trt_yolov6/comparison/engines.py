@@ -327,7 +327,7 @@ def _source(work: Work, entry: ModelEntry) -> SourceFile:
     }
 
     def describe() -> dict[str, Any]:
-        return dataclasses.asdict(dataclasses.replace(_described(work, entry), sha256=str(file)))
+        return dataclasses.asdict(_described(work, entry, str(file)))
 
     known = work.steps.once("source", inputs, describe)
     source = as_record(known, SourceFile, f"a step kept in {work.output} is damaged")
@@ -341,36 +341,36 @@ def _source(work: Work, entry: ModelEntry) -> SourceFile:
     return source
 
 
-def _described(work: Work, entry: ModelEntry) -> SourceFile:
-    """Find out what a file is; its hash is left out."""
+def _described(work: Work, entry: ModelEntry, sha256: str) -> SourceFile:
+    """Find out what a file is; its hash is known."""
     path = entry.path
     manifest = read_manifest(path)
     if path.suffix in CHECKPOINT_SUFFIXES:
         from trt_yolov6.checkpoints.loading import load_checkpoint  # needs PyTorch
 
         load_checkpoint(path)  # refused now, not after others have been built
-        return SourceFile("", buildable=True)
+        return SourceFile(sha256, buildable=True)
     if manifest is not None:
         record = _manifest_record(manifest)
         if path.suffix == ".onnx":
             record |= _graph_record(read_onnx(path))
-        return _taken(manifest.precision, manifest.backend, manifest.batch, record)
+        return _taken(sha256, manifest.precision, manifest.backend, manifest.batch, record)
     if path.suffix != ".onnx":
         with load_engine(path, options=LoadOptions(decoder=entry.decoder)) as engine:
-            return _taken(engine.precision, engine.backend, engine.batch, {})
+            return _taken(sha256, engine.precision, engine.backend, engine.batch, {})
     model = read_onnx(path)
     if graph_precision(model) != "fp32":
         graph = graph_from_onnx(path, decoder=entry.decoder)
         record = {"model": graph.name, **_graph_record(model)}
-        return _taken(graph.precision, "onnxruntime", graph.batch, record)
+        return _taken(sha256, graph.precision, "onnxruntime", graph.batch, record)
     batch = _graph(work, entry, None, None).batch  # refused now, not after others have been built
-    return SourceFile("", buildable=True, batch=batch.min if batch.is_static else None)
+    return SourceFile(sha256, buildable=True, batch=batch.min if batch.is_static else None)
 
 
 def _taken(
-    precision: str, backend: str, batch: BatchProfile, record: Mapping[str, Any]
+    sha256: str, precision: str, backend: str, batch: BatchProfile, record: Mapping[str, Any]
 ) -> SourceFile:
-    return SourceFile("", False, precision, backend, dataclasses.astuple(batch), record=record)
+    return SourceFile(sha256, False, precision, backend, dataclasses.astuple(batch), record=record)
 
 
 def _graph_record(model: onnx.ModelProto) -> dict[str, Any]:

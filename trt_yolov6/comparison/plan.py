@@ -189,12 +189,9 @@ def _read_plan(path: Path, changes: dict[str, Any]) -> Plan:
     models = value.pop("models")
     fields = {**_fields(path, "", value, {**get_type_hints(Plan), "imgsz": _SIZE}), **changes}
     size = fields.pop("imgsz", None)
-    if "models" not in changes:
-        entries = [_model(path, entry) for entry in models]
-        fields["models"] = tuple(
-            dataclasses.replace(entry, imgsz=entry.imgsz or size) for entry in entries
-        )
-    return Plan(**fields)
+    entries = [_model(path, entry) for entry in models]
+    sized = tuple(dataclasses.replace(entry, imgsz=entry.imgsz or size) for entry in entries)
+    return Plan(sized, **fields)
 
 
 _SIZE = tuple[int, int] | None

@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import cv2
 import numpy as np
@@ -88,6 +88,18 @@ def is_address(text: str) -> bool:
     return _ADDRESS.match(text) is not None
 
 
+def split_address(address: str) -> SplitResult:
+    """Return the parts of an address.
+
+    Raises:
+        UserError: it has none, such as `http://[`.
+    """
+    try:
+        return urlsplit(address)
+    except ValueError as error:
+        raise UserError(f"{address} is not an address ({error}); correct it.") from error
+
+
 def find_media(source: str | Path) -> Pictures | Video:
     """Find out what a source is.
 
@@ -142,10 +154,7 @@ def _from_glob(pattern: str) -> Pictures | Video:
 
 
 def _from_address(address: str) -> Pictures | Video:
-    try:
-        parts = urlsplit(address)
-    except ValueError as error:
-        raise UserError(f"{address} is not an address ({error}); correct it.") from error
+    parts = split_address(address)
     scheme = parts.scheme.lower()
     if scheme not in _STREAMS:
         raise UserError(

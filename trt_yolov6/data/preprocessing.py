@@ -112,9 +112,10 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals or name not in known:
+            meant = "" if name in known else did_you_mean(name, known)
             raise UserError(
-                f"`preprocess` {change} is not understood{did_you_mean(name, known)}; give "
-                f"FIELD=VALUE with a field of {', '.join(known)}.",
+                f"`preprocess` {change} is not understood{meant}; give FIELD=VALUE with a field of "
+                f"{', '.join(known)}.",
             )
         fields[name] = _numbers(name, text) if name in ("mean", "std") else text
     return fields

@@ -46,9 +46,9 @@ def find_yaml(data: Path) -> tuple[Path, DataYaml] | None:
     others = []
     for path in sorted(data.glob("*.y*ml")):
         with contextlib.suppress(UserError):
-            others.append((path, _read_yaml(path)))
-    described = [(path, content) for path, content in others if "names" in content]
-    return described[0] if len(described) == 1 else None
+            if "names" in (content := _read_yaml(path)):
+                others.append((path, content))
+    return others[0] if len(others) == 1 else None
 
 
 def yolo_splits(file: Path, content: DataYaml) -> dict[str, list[Path]]:
@@ -260,10 +260,10 @@ def _class_names(file: Path, content: DataYaml) -> dict[int, str]:
     if isinstance(names, list):
         names = dict(enumerate(names))
     try:
-        numbered = {int(key): str(name) for key, name in dict(names or ()).items()}
-    except (ValueError, TypeError, OverflowError):
+        numbered = {int(key): name for key, name in dict(names or ()).items()}
+    except (ValueError, TypeError):
         numbered = {}
-    if not numbered:
+    if not numbered or not all(isinstance(name, str) for name in numbered.values()):
         raise UserError(f"{file} has no list 'names'; give the class names there.")
     count = content.get("nc")
     # With gaps in the numbers, some count them, too.

@@ -18,10 +18,8 @@ from trt_yolov6.spec import NmsSettings, TensorSpec
 def check_input(spec: TensorSpec, path: str | Path) -> None:
     """Raise UserError unless an engine can take this input: float32 NCHW or uint8 NHWC images."""
     if len(spec.shape) == 4:
-        channels_last = spec.dtype == np.uint8
-        channels = spec.shape[3] if channels_last else spec.shape[1]
-        size = spec.shape[1:3] if channels_last else spec.shape[2:4]
-        if spec.dtype in (np.uint8, np.float32) and channels == 3 and None not in size:
+        channels = spec.shape[3 if spec.dtype == np.uint8 else 1]
+        if spec.dtype in (np.uint8, np.float32) and channels == 3 and None not in spec.sides:
             return
     raise UserError(
         f"{path} takes {spec.dtype} {list(spec.shape)}; an engine takes float32 "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from trt_yolov6.checkpoints.inspect import CheckpointDetails
 from trt_yolov6.common.text import aligned
@@ -120,10 +120,28 @@ def _manifest_rows(inspection: Inspection) -> list[tuple[str, str]]:
         count = "unknown" if layers is None else str(layers)
         rows.append((f"  in {manifest.precision.upper()}", f"{count} convolutions of the engine"))
     if manifest.calibration:
-        rows.append(("  calibration", json.dumps(manifest.calibration)))
+        rows.append(("  calibration", _in_words(manifest.calibration)))
     if manifest.float_layers:
         rows.append(("  in float", ", ".join(manifest.float_layers)))
     return rows
+
+
+def _in_words(record: Mapping[str, Any]) -> str:
+    """Say what a manifest's record of a calibration holds: hashes and trials are in `--json`."""
+    said = []
+    for key, value in record.items():
+        name = key.replace("_", " ")
+        if value is True:
+            said.append(name)
+        elif isinstance(value, Mapping):
+            said.append(f"{name} {_in_words(value)}")
+        elif isinstance(value, list) and key != "tried":
+            said.append(f"{name} {' to '.join(map(str, value))}")
+        elif isinstance(value, list):
+            said.append(f"{len(value)} ways tried (--json lists them)")
+        elif value not in (None, False) and not key.endswith("sha256"):
+            said.append(f"{name} {value}")
+    return ", ".join(said)
 
 
 def _layer_lines(layers: Sequence[Layer]) -> list[str]:

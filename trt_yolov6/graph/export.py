@@ -122,10 +122,13 @@ def export_onnx(
     traced = _trace(_with_scaled_boxes(fused), settings)
     _name_nodes(traced)
     _use_older_operators(traced)
+    graph = plain = _composed(traced, model.arch, settings, class_names)
+    if verify and settings.nms:
+        settings = dataclasses.replace(settings, nms=None)
+        plain = _composed(traced, model.arch, settings, class_names)
     if verify:
-        plain = dataclasses.replace(settings, nms=None)
-        _verify(_composed(traced, model.arch, plain, class_names), model, plain)
-    return _composed(traced, model.arch, settings, class_names)
+        _verify(plain, model, settings)
+    return graph
 
 
 def _composed(

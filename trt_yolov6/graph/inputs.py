@@ -86,8 +86,7 @@ def input_size(model: onnx.ModelProto, path: str | Path) -> tuple[int, int] | No
     """Return height and width in pixels of a graph's image input; None where one is free."""
     for item in runtime_inputs(model):
         if item.name not in (SCALE_FACTOR, IMAGE_SHAPE):
-            spec = value_spec(item, path)
-            match spec.shape[1:3] if spec.dtype == np.uint8 else spec.shape[2:]:
+            match value_spec(item, path).sides:
                 case (int(height), int(width)):
                     return height, width
     return None

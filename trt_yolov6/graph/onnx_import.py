@@ -106,10 +106,9 @@ def _fix_input(
         raise UserError(
             f"{path} takes {list(given.shape)}, not a batch of images; a detector is needed."
         )
-    sides = [given.shape[axis] for axis in spatial]
-    if image_size is None and None in sides:
+    if image_size is None and None in given.sides:
         image_size = image_size_in(metadata)
-    size = _fixed_size(path, sides, image_size)
+    size = _fixed_size(path, given.sides, image_size)
     profile = _fixed_batch(path, given.shape[0], batch)
     for axis, side in zip(spatial, size, strict=True):
         value.type.tensor_type.shape.dim[axis].dim_value = side

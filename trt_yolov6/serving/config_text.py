@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from google.protobuf import text_encoding, text_format
 from google.protobuf.empty_pb2 import Empty
 
@@ -19,6 +21,8 @@ def fields_of(text: str) -> tuple[str, ...]:
     Raises:
         UserError: the text is not a message.
     """
+    # Triton's documents write `instance_group [`, which is read of known fields alone.
+    text = re.sub(r"(\w\s*)\[", r"\1: [", text)
     try:
         text_format.Parse(text, Empty(), allow_unknown_field=True)
     except text_format.ParseError as error:

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlunsplit
 
 from trt_yolov6.data.images import IMAGE_SUFFIXES
-from trt_yolov6.data.media import Video, find_media, is_address
+from trt_yolov6.data.media import Video, find_media, is_address, split_address
 from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 
 LISTING_SUFFIXES = (".txt", ".lst")
@@ -127,7 +127,7 @@ def file_system(store: str) -> tuple[Any, str]:
 
 def place_of(address: str) -> tuple[str, str]:
     """Split an address into that of its store, which keeps the options, and the path there."""
-    parts = urlsplit(address)
+    parts = split_address(address)
     store = urlunsplit((parts.scheme.lower(), parts.netloc, "/", parts.query, ""))
     inside = parts.path.strip("/")
     _, base = file_system(store)
