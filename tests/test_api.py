@@ -249,7 +249,7 @@ def test_python_callers_are_told_of_parameters(
         ({"batch": "4"}, "`batch` is '4'; give an integer, or three (min, opt, max)."),
         ({"batch": (1, 4)}, "`batch` is (1, 4); give an integer, or three (min, opt, max)."),
         ({"opset": True}, "`opset` is True; give an integer."),
-        ({"nms": True}, "`nms` is True; give thresholds, such as NmsSettings()."),
+        ({"nms": False}, "`nms` is False; give thresholds, such as NmsSettings(), or None."),
         (
             {"calibration": ["a.jpg"]},
             "`calibration` is ['a.jpg']; give the path of a folder of images.",

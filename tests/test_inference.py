@@ -411,6 +411,7 @@ def test_what_answers_in_another_protocol_is_named(tmp_path: Path, engine: Engin
         ("http://127.0.0.1:9/x.jpg", r"http://127\.0\.0\.1:9/x\.jpg does not answer"),
         ("http://127.0.0.1:port/x.jpg", r"does not answer \(nonnumeric port"),
         ("http://[::1/x.jpg", "is not an address"),
+        ("http://127.0.0.1:9/\udcff.jpg", "does not answer"),
         ("98", "the camera 98 cannot be opened"),
         ("none/*.jpg", r"none/\*\.jpg matches no file"),
         ("file:///etc/passwd", "begins with file://, which is not supported"),

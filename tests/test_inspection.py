@@ -305,6 +305,7 @@ def test_a_calibration_is_told_in_words_without_its_trials(tmp_path: Path) -> No
         "images_sha256": "0" * 64,
         "agreement_interval": [0.92, 0.95],
         "judged_on": {"images": 16, "held_out": True},
+        "budget": {"max_ap_drop": 0.0, "max_slowdown": 0.05},
         "tried": [{"decides": "graph"}, {"decides": "ranges"}],
     }
     write_manifest(path, dataclasses.replace(manifest_for(path), calibration=calibration))
@@ -312,7 +313,8 @@ def test_a_calibration_is_told_in_words_without_its_trials(tmp_path: Path) -> No
     rows = dict(line.split(maxsplit=1) for line in format_inspection(inspection).splitlines())
     assert rows["calibration"] == (
         "calibrator margin, biases corrected, images 32, agreement interval 0.92 to 0.95, "
-        "judged on images 16, held out, 2 ways tried (--json lists them)"
+        "judged on images 16, held out, budget max ap drop 0.0, max slowdown 0.05, "
+        "2 ways tried (--json lists them)"
     )
     assert inspection.to_json()["manifest"]["calibration"] == calibration
 

@@ -18,7 +18,9 @@ from trt_yolov6.detectors.metadata import nms_in
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import build_engine
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import set_nodes
 from trt_yolov6.graph.files import graph_precision, has_other_files, read_onnx, sort_nodes
+from trt_yolov6.graph.float16 import to_fp16
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.quantization.qdq.symmetric import with_symmetric_int8
 from trt_yolov6.spec import BatchProfile, NmsSettings
@@ -269,6 +271,18 @@ def test_dynamic_quantization_is_called_what_it_is(tmp_path: Path) -> None:
         assert engine.precision == "int8-dynamic"
     with pytest.raises(UserError, match=r"DynamicQuantizeLinear.*quant_format=QDQ"):
         with_symmetric_int8(graph.model, "dynamic.onnx")
+
+
+def test_half_precision_is_called_so_with_weights_in_constant_nodes(tmp_path: Path) -> None:
+    # As Paddle2ONNX writes them.
+    model = to_fp16(detector())
+    weights = [
+        helper.make_node("Constant", [], [item.name], value=item)
+        for item in model.graph.initializer
+    ]
+    set_nodes(model.graph, [*weights, *model.graph.node])
+    del model.graph.initializer[:]
+    assert graph_from_onnx(save(model, tmp_path / "half.onnx")).precision == "fp16"
 
 
 # --- unsigned levels ----------------------------------------------------------------------------

@@ -239,7 +239,9 @@ def test_local_runs_from_the_command_line_and_listens_on_loopback_alone(
 ) -> None:
     mark = f"TRT_YOLOV6_MARK={uuid.uuid4()}"
     listing = tmp_path / "listing.txt"
-    listing.write_text("# two of them\npictures/0001.png\n\npictures/0002.png\npictures/0001.png\n")
+    (tmp_path / "out").mkdir()
+    shutil.copy(pictures / "0002.png", tmp_path / "out")
+    listing.write_text("# two of them\npictures/0001.png\n\nout/0002.png\npictures/0001.png\n")
     command = [sys.executable, "-m", "trt_yolov6", "infer", "--ray", "local", "--engine", str(tiny)]
     command += ["--source", str(listing), "--output", str(tmp_path / "out"), "--quiet"]
     environment = {**os.environ, "RAY_ADDRESS": "", **dict([mark.split("=")])}
@@ -255,7 +257,7 @@ def test_local_runs_from_the_command_line_and_listens_on_loopback_alone(
     assert process.returncode == 0, output
     assert {row["file"] for row in rows_of(tmp_path / "out")} == {
         "pictures/0001.png",
-        "pictures/0002.png",
+        "out/0002.png",
     }
     if Path("/proc/net/tcp").exists():
         assert seen

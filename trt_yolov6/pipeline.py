@@ -412,7 +412,7 @@ def _check_options(function: str, options: Mapping[str, Any], known: type[Any]) 
         if name not in known.__annotations__:
             raise TypeError(f"{function}() has no parameter {name!r}")
         if name == "nms" and not isinstance(value, (NmsSettings, NoneType)):
-            raise UserError(f"`nms` is {value!r}; give thresholds, such as NmsSettings().")
+            raise UserError(f"`nms` is {value!r}; give thresholds, such as NmsSettings(), or None.")
         if name not in _INTEGERS or value is None or isinstance(value, BatchProfile):
             continue
         values = value if isinstance(value, (tuple, list)) else (value,)

@@ -363,14 +363,19 @@ def chosen(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def or_sample(given: Path | None, option: str, sample: Path) -> Path:
-    """Return the path that an option gives, or else the sample's, and say so."""
+    """Return the path that an option gives, or else the sample's, and say so.
+
+    Raises:
+        UserError: none is given and the sample's is not here.
+    """
     if given is not None:
         return given
     if not sample.exists():
         raise UserError(
-            f"no {option} is given and the sample {sample} is not here; name yours with {option}."
+            f"no {option} is given and {sample}, the sample's, is not here; name yours with "
+            f"{option}."
         )
-    say(f"no {option} given: taking the sample's, {sample}")
+    say(f"no {option} given: taking {sample}, the sample's")
     return sample
 
 

@@ -164,10 +164,10 @@ def _from_address(address: str) -> Pictures | Video:
     stem = re.sub(r"[^\w.-]+", "_", Path(unquote(parts.path)).name or parts.hostname or "stream")
     if scheme not in _HTTP:
         return Video(address, Path(stem).stem, is_live=True)
-    # Blanks and umlauts as browsers send them.
-    encoded = quote(address, safe=string.punctuation)
-    request = urllib.request.Request(encoded, headers={"User-Agent": "trt-yolov6"})
     try:
+        # Blanks and umlauts as browsers send them.
+        encoded = quote(address, safe=string.punctuation)
+        request = urllib.request.Request(encoded, headers={"User-Agent": "trt-yolov6"})
         with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
             kind = answer.headers.get_content_type()
             if kind.startswith(("video/", "multipart/")) or kind.endswith("mpegurl"):

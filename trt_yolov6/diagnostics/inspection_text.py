@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trt_yolov6.checkpoints.inspect import CheckpointDetails
-from trt_yolov6.common.text import aligned
+from trt_yolov6.common.text import aligned, counted
 from trt_yolov6.diagnostics.inspection import Inspection
 from trt_yolov6.engines.tensorrt.plan import PlanDetails
 from trt_yolov6.graph.cost import Layer
@@ -138,8 +138,8 @@ def _in_words(record: Mapping[str, Any]) -> str:
         elif isinstance(value, list) and key != "tried":
             said.append(f"{name} {' to '.join(map(str, value))}")
         elif isinstance(value, list):
-            said.append(f"{len(value)} ways tried (--json lists them)")
-        elif value not in (None, False) and not key.endswith("sha256"):
+            said.append(f"{counted(len(value), 'way')} tried (--json lists them)")
+        elif value is not None and value is not False and not key.endswith("sha256"):
             said.append(f"{name} {value}")
     return ", ".join(said)
 

@@ -137,12 +137,11 @@ def graph_precision(model: onnx.ModelProto) -> PrecisionName:
     operators = {node.op_type for node in model.graph.node}
     if any(op.startswith("DynamicQuantize") for op in operators):
         return "int8-dynamic"
+    names = {type_name(item.data_type) for item in constants_of(model).values()}
     if any(op == "QuantizeLinear" or op.startswith("QLinear") for op in operators):
         # Nothing but Q/DQ nodes reads constants of such a type.
-        names = [type_name(item.data_type) for item in constants_of(model).values()]
         return "fp8" if any(name.startswith("float8") for name in names) else "int8"
-    half = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
-    return "fp16" if half else "fp32"
+    return "fp16" if "float16" in names else "fp32"
 
 
 def _external_files(model: onnx.ModelProto) -> Iterator[str]:

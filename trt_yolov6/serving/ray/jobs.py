@@ -117,8 +117,8 @@ def infer_on_ray(
     if odd := [name for name in names if name.encode(errors="ignore").decode() != name]:
         raise UserError(f"{odd[0]} is not a name in UTF-8, as Parquet has it; write jsonl instead.")
     folder = ResultFolder(output)
-    if folder.is_local:
-        check_outside(Path(output), (Path(one.path).parent for one in pictures if not one.store))
+    if folder.is_local and Path(source).is_dir():  # what a listing names is meant
+        check_outside(Path(output), (Path(one.path).parent for one in pictures))
     place = str(source) if is_address(str(source)) else str(Path(source).absolute())
     job = {
         "engine": facts.name,
