@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support import family_graphs
 from support.small_graphs import SIZE, GraphWriter, detector, random_images
 
 from trt_yolov6.detectors.metadata import nms_in
@@ -217,6 +218,14 @@ def test_a_file_without_operators_and_one_that_is_not_there(tmp_path: Path) -> N
     assert not has_other_files(tmp_path / "empty.onnx")
     assert not has_other_files(tmp_path / "none.onnx")
     assert has_other_files(external(tmp_path / "outside"))
+
+
+def test_more_classes_than_any_detector_has_are_refused(tmp_path: Path) -> None:
+    model = family_graphs.yolov8(metadata=False)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2**62
+    path = save(model, tmp_path / "huge.onnx")
+    with pytest.raises(UserError, match=r"huge\.onnx has outputs for \d+ classes"):
+        graph_from_onnx(path, decoder="yolov8")
 
 
 @pytest.mark.parametrize("change", [-2, 4])

@@ -14,6 +14,8 @@ from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings, TensorSpec
 
+_MOST_CLASSES = 100_000
+
 
 def check_input(spec: TensorSpec, path: str | Path) -> None:
     """Raise UserError unless an engine can take this input: float32 NCHW or uint8 NHWC images."""
@@ -49,6 +51,17 @@ def names_in(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
         if None in value:
             return None
     return tuple(str(item) for item in value) if isinstance(value, list) and value else None
+
+
+def numbered_classes(count: int | None, path: str | Path) -> tuple[str, ...]:
+    """Return names for classes that have none; none where their number is not known.
+
+    Raises:
+        UserError: there are more than any detector has, as in a damaged file.
+    """
+    if count is not None and count > _MOST_CLASSES:
+        raise UserError(f"{path} has outputs for {count} classes; a detector is needed.")
+    return tuple(f"class_{index}" for index in range(count or 0))
 
 
 def image_size_in(metadata: Mapping[str, str]) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trt_yolov6.detectors.layouts import LAYOUTS
-from trt_yolov6.detectors.metadata import names_in, nms_in
+from trt_yolov6.detectors.metadata import names_in, nms_in, numbered_classes
 from trt_yolov6.detectors.recognition import GraphFacts, recognize
 from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.engines.base import LoadOptions
@@ -33,7 +33,7 @@ def detector_of(
         count = LAYOUTS[layout].classes(known.outputs)
         names = names_in(known.metadata)
         if names is None or count not in (None, len(names)):
-            names = tuple(f"class_{index}" for index in range(count or 0))
+            names = numbered_classes(count, path)
         nms = nms_in(known.metadata) if layout == "end2end" else None
         detector = DetectorSpec(
             names, known.image_size, layout, family.name, family.preprocessing, nms

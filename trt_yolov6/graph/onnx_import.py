@@ -10,7 +10,13 @@ import numpy as np
 import onnx
 
 from trt_yolov6.detectors.layouts import LAYOUTS
-from trt_yolov6.detectors.metadata import check_input, image_size_in, names_in, nms_in
+from trt_yolov6.detectors.metadata import (
+    check_input,
+    image_size_in,
+    names_in,
+    nms_in,
+    numbered_classes,
+)
 from trt_yolov6.detectors.recognition import recognize
 from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.errors import UserError
@@ -118,7 +124,7 @@ def _fix_input(
 
 def _class_names(path: Path, names: tuple[str, ...] | None, count: int | None) -> tuple[str, ...]:
     if names is None:
-        return tuple(f"class_{index}" for index in range(count or 0))
+        return numbered_classes(count, path)
     if count is not None and len(names) != count:
         raise UserError(
             f"{len(names)} class names were given for {path}, which has {count} classes; "
