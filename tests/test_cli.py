@@ -252,6 +252,7 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["bench"], "trt-yolov6 build"),
         (["eval", "--engine", "engines/none.trt"], "engines/none.trt"),
         (["eval", "--conf", "2", "--engine", "none.onnx"], "none.onnx"),
+        (["compare", "samples/yolov6n_bccd.pt", "--backends", "x"], "--backends x is not known"),
         (["sensitivity", "--plot", "x.jpg", "--onnx", "none.onnx"], "--plot x.jpg is not a PNG"),
         (["eval", "--plots", "samples/README.md", "--engine", "none.onnx"], "README.md is a file"),
         (["infer", "--source", "nowhere"], "trt-yolov6 build"),

@@ -91,7 +91,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Plan:
         batches=(1, 4),
         data=data,
         rounds=16,
-        duration=0.8,
+        duration=0.4,
         examples=2,
     )
 

@@ -576,7 +576,11 @@ def test_inputs_beside_the_image_become_constants(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "shape"), [("FLOAT", []), ("FLOAT", [2]), ("FLOAT", [1, 2, 1]), ("STRING", [1, 2])]
+    ("kind", "shape"),
+    [
+        *(("FLOAT", []), ("FLOAT", [2]), ("FLOAT", [1, 2, 1]), ("FLOAT", [2**40, 2])),
+        ("STRING", [1, 2]),
+    ],
 )
 def test_a_scale_factor_of_another_shape_or_type_is_refused(
     kind: str, shape: list[int], tmp_path: Path

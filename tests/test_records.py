@@ -52,6 +52,8 @@ def test_plain_values_become_the_types_they_stand_for() -> None:
         ({"weight": "1"}, "weight: expected float | null, got str"),
         ({"file": 3}, "file: expected str, bytes or os.PathLike object, not int"),
         ({"sizes": [{"height": 0}]}, "height 0 is too small; give height 1 or more"),
+        ({"weight": "\ud800"}, "x.json: 'utf-8' codec can't encode"),  # half a surrogate pair
+        ({"\udce9": 1}, "x.json: 'utf-8' codec can't encode"),
     ],
 )
 def test_what_is_wrong_is_named_by_its_place(change: dict[str, Any], message: str) -> None:

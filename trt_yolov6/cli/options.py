@@ -337,6 +337,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 _ALSO = {
+    "backend": "backends",
     "border": "eval_border",
     "images": "source",
     "nms": "end2end",

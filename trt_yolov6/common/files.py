@@ -32,8 +32,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     in_place = path.exists() and not path.is_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Short: the name itself may be as long as the file system takes.
-        handle, name = tempfile.mkstemp(path.suffix, ".", None if in_place else path.parent)
+        # The stem tells what a kill left behind (`training.state.sweep`); names have a limit.
+        prefix = f".{path.stem[:40]}."
+        handle, name = tempfile.mkstemp(path.suffix, prefix, None if in_place else path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     os.close(handle)

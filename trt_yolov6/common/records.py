@@ -41,7 +41,8 @@ def as_record(
 
     try:
         return msgspec.convert(value, kind, strict=strict, dec_hook=decode or _call)
-    except (msgspec.ValidationError, UserError, RecursionError) as error:
+    except (msgspec.ValidationError, UserError, RecursionError, UnicodeEncodeError) as error:
+        # The last for half a surrogate pair, which JSON may hold, in place of a number.
         raise UserError(f"{subject}{_where(str(error))}; {remedy}") from error
 
 

@@ -158,7 +158,6 @@ class _Latency(_LatencyDetails):
 
 class _TimingDetails(TypedDict, total=False):
     engine_file: str
-    throughput_fps: _Number
 
 
 class _Timing(_TimingDetails):
@@ -166,6 +165,7 @@ class _Timing(_TimingDetails):
     batch: _Count
     engine_sha256: str
     latency_ms: _Latency
+    throughput_fps: _Number
     runs: int
     quiet_runs: int
     disturbed: bool

@@ -86,7 +86,7 @@ def add_to_bias(
         raise ValueError(f"the bias {name!r} is computed")
     before = tensor_value(constants[name]) if name else np.zeros(len(change), dtype)
     after = (before.astype(np.float64) + change).astype(before.dtype)
-    is_shared = sum(list(item.input).count(name) for item in model.graph.node) > 1
+    is_shared = sum(name in item.input for item in model.graph.node) > 1
     if name and not is_shared:
         replace_tensor(constants[name], after)
         return

@@ -38,20 +38,19 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
     try:
         model = onnx.load_from_string(content)
     except (DecodeError, ValueError, UnicodeDecodeError) as error:
-        raise _not_whole(path, error) from error
+        raise _not_whole(path, first_line(error)) from error
     has_changed = any([read_weights(model, path), sort_nodes(model)])
     try:
         # Of a model it would serialize a second time.
         onnx.checker.check_model(model if has_changed else content)
     except (onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
-        raise _not_whole(path, error) from error
+        raise _not_whole(path, first_line(error)) from error
     if not model.graph.node:
         raise UserError(f"{path} is not an ONNX model with any operator; export it again.")
     for tensor in _tensors(model.graph):  # which the checker does not look at
-        if type_name(tensor.data_type) == "undefined":
-            raise UserError(
-                f"{path} has {tensor.name!r} in a type that ONNX does not know; export or copy it "
-                "again."
+        if type_name(tensor.data_type) == "undefined" or not _has_its_bytes(tensor):
+            raise _not_whole(
+                path, f"{tensor.name!r} is of an unknown type or does not fit its shape"
             )
     return model
 
@@ -78,13 +77,10 @@ def read_weights(model: onnx.ModelProto, path: Path) -> bool:
             "files together, or export with the weights inside."
         ) from error
     for tensor in _tensors(model.graph):
-        if not tensor.HasField("raw_data") or not _is_bytewise(tensor):
-            continue
-        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        if width * math.prod(tensor.dims) > len(tensor.raw_data):
+        if not _has_its_bytes(tensor):
             raise UserError(
                 f"{path} keeps the weights of {tensor.name!r} in {', '.join(places)}, which is cut "
-                "short; copy it again."
+                "short or another model's; copy it again."
             )
     if model.ByteSize() >= _MAX_BYTES:
         raise UserError(
@@ -162,14 +158,18 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             yield from _tensors(body)
 
 
-def _is_bytewise(tensor: onnx.TensorProto) -> bool:
-    """Return False for the types of which two or more values share a byte, and unknown ones."""
+def _has_its_bytes(tensor: onnx.TensorProto) -> bool:
+    """Return whether a tensor has as many raw bytes as its shape asks for, where it has any."""
+    kind = type_name(tensor.data_type)
+    # Two or more values of the first three share a byte.
     others = ("int4", "int2", "float4e2m1", "string", "undefined")
-    return not type_name(tensor.data_type).endswith(others)
+    if not tensor.HasField("raw_data") or kind.endswith(others):
+        return True
+    width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return len(tensor.raw_data) == int(width * math.prod(tensor.dims))
 
 
-def _not_whole(path: Path, error: Exception) -> UserError:
-    reason = first_line(error)
+def _not_whole(path: Path, reason: str) -> UserError:
     if path.suffix != ".onnx":
         return UserError(
             f"{path} is not an ONNX model ({reason}); give an ONNX file (.onnx) or a YOLOv6 "

@@ -65,7 +65,8 @@ def with_one_input(
         )
     for item in others:
         spec = value_spec(item, path)
-        if len(spec.shape) != 2 or spec.dtype.kind not in "fiu":
+        batch = spec.shape[0] or 1 if len(spec.shape) == 2 else 0
+        if not 0 < batch <= 2**16 or spec.dtype.kind not in "fiu":
             raise UserError(
                 f"{path} takes {spec.name} as {spec.dtype} {list(spec.shape)}, not as numbers "
                 "(batch, 2); a detector that PaddleDetection exported is needed."
@@ -74,7 +75,7 @@ def with_one_input(
         if row is None:
             raise UserError(f"{path} leaves its image size free; fix it with `image_size`.")
         # One row serves a free batch: it is broadcast.
-        value = np.tile(np.array(row, spec.dtype), (spec.shape[0] or 1, 1))
+        value = np.tile(np.array(row, spec.dtype), (batch, 1))
         add_initializers(model.graph, {item.name: value})
         model.graph.input.remove(item)
         # Before version 4 of the format an initializer had to be an input as well.
