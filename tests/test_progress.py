@@ -50,6 +50,14 @@ def test_a_bar_off_a_terminal_is_a_line_every_while(
     assert not any(capsys.readouterr())
 
 
+def test_a_bar_of_another_format_keeps_its_words_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "is_logged", lambda wanted: wanted)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    with logged() as told, progress_bar(3, shown=True, bar_format="did {bar} {n} of {total}"):
+        pass
+    assert told[0] == "did 0 of 3"
+
+
 def test_a_training_in_a_log_is_a_header_and_a_line_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
