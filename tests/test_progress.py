@@ -62,6 +62,7 @@ def test_a_training_in_a_log_is_a_header_and_a_line_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
     write_shapes(tmp_path / "data", images=4, size=64)
     write_tiny(tmp_path / "tiny.pt")
     command = ["train", "--weights", "tiny.pt", "--data", "data", "--imgsz", "64", "--batch", "4"]

@@ -118,7 +118,7 @@ def train(
         resume: go on from the folder's state; the settings must be the same. On a CPU the weights
             end bit for bit as if nothing had happened. `auto` resumes where the folder holds a
             training, and begins one where it does not: for schedulers that repeat a command.
-        progress: show a progress bar on stderr; without a terminal, log a line an epoch and a minute.
+        progress: show a progress bar on stderr; without a terminal, log a line per epoch.
         state_seconds: least time between two writings of the state, after a step of the optimizer;
             whatever has been done since the last is done again after a kill.
 
