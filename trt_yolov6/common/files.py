@@ -32,7 +32,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     in_place = path.exists() and not path.is_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The stem tells what a kill left behind (`training.state.sweep`); names have a limit.
+        # By the stem, `training.state.sweep` knows what a kill left; names have a limit.
         prefix = f".{path.stem[:40]}."
         handle, name = tempfile.mkstemp(path.suffix, prefix, None if in_place else path.parent)
     except OSError as error:

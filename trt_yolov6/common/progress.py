@@ -30,7 +30,11 @@ def progress_bar(total: float | None, *, shown: bool, **others: Any) -> tqdm[NoR
     from tqdm import tqdm
 
     if is_logged(shown):
-        others |= {"file": _Lines(), "ncols": 0}
+        others["file"] = _Lines()
+        if "bar_format" in others:
+            others["bar_format"] = others["bar_format"].replace("{bar} ", "")
+        else:
+            others["ncols"] = 0  # no bar, and tqdm's own format
     return tqdm(total=total, disable=None if shown else True, **others)
 
 

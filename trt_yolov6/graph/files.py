@@ -160,10 +160,10 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 def _has_its_bytes(tensor: onnx.TensorProto) -> bool:
     """Return whether a tensor has as many raw bytes as its shape asks for, where it has any."""
+    # Not of types that NumPy lacks: values of some share a byte, others are float32 to onnx 1.17.
+    others = ("float4", "float6", "float8", "bfloat", "int4", "uint4", "int2", "uint2")
     kind = type_name(tensor.data_type)
-    # Two or more values of the first three share a byte.
-    others = ("int4", "int2", "float4e2m1", "string", "undefined")
-    if not tensor.HasField("raw_data") or kind.endswith(others):
+    if not tensor.HasField("raw_data") or kind.startswith((*others, "string", "undefined")):
         return True
     width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return len(tensor.raw_data) == int(width * math.prod(tensor.dims))

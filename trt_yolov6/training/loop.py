@@ -111,10 +111,12 @@ def train_epochs(
             save_state(state_file, task.learner, done, task.identity)
             saved_at = time.monotonic()
 
+    logged = is_logged(progress)  # a line an epoch then, none a minute
+    shown = progress and not logged
     with progress_bar(
-        plan.total_steps, shown=progress, initial=done.step, desc=task.name, unit="step"
+        plan.total_steps, shown=shown, initial=done.step, desc=task.name, unit="step"
     ) as bar:
-        if is_logged(progress):
+        if logged:
             _log.info(_header(task, first_epoch))
         for epoch in range(first_epoch, plan.epochs):
             _train_epoch(task, done, epoch, bar, save)
@@ -124,7 +126,7 @@ def train_epochs(
                 done.log.append(line)
                 save(now=due)
                 bar.set_postfix_str(_postfix(line, done))
-                if is_logged(progress):
+                if logged:
                     _log.info("%s, of %d epochs", _postfix(line, done), plan.epochs)
             task.processes.wait()
 
