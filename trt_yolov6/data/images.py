@@ -128,7 +128,7 @@ def upright_size(path: Path) -> tuple[int, int]:
     Raises:
         UserError: the file is missing or not an image.
     """
-    from PIL import Image, TiffImagePlugin
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
@@ -137,10 +137,8 @@ def upright_size(path: Path) -> tuple[int, int]:
             if image.format == "PNG" and not exif:  # it may follow the pixels
                 exif = read_bytes(path).rpartition(b"eXIf")[2]
             orientation = exif_orientation(exif.removeprefix(EXIF))
-            if isinstance(image, TiffImagePlugin.TiffImageFile):
-                # From Pillow 11 on, `size` is turned already.
-                width, height = image.tag_v2[256], image.tag_v2[257]
-                orientation = image.tag_v2.get(ORIENTATION, 1)
+            if image.format == "TIFF":
+                orientation = 1  # `size` is turned already
     except Image.DecompressionBombError as error:
         raise _too_large(path) from error
     except (OSError, ValueError, SyntaxError) as error:
@@ -251,7 +249,7 @@ def _avif_orientation(data: bytes, name: str) -> int:
     try:
         with Image.open(io.BytesIO(data)) as image:
             exif: bytes = image.info.get("exif", b"")
-    except OSError:  # Pillow before 11.3
+    except OSError:  # a Pillow that was built without AVIF
         return 1
     except Image.DecompressionBombError as error:
         raise _too_large(name) from error
