@@ -136,9 +136,9 @@ def upright_size(path: Path) -> tuple[int, int]:
             # Not `getexif`: it takes an orientation from XMP, which OpenCV does not.
             if image.format == "PNG" and not exif:  # it may follow the pixels
                 exif = read_bytes(path).rpartition(b"eXIf")[2]
-            orientation = exif_orientation(exif.removeprefix(EXIF))
-            if image.format == "TIFF":
-                orientation = 1  # `size` is turned already
+            # A TIFF's `size` is turned already.
+            is_tiff = image.format == "TIFF"
+            orientation = 1 if is_tiff else exif_orientation(exif.removeprefix(EXIF))
     except Image.DecompressionBombError as error:
         raise _too_large(path) from error
     except (OSError, ValueError, SyntaxError) as error:

@@ -176,14 +176,14 @@ def _label_files(images: Sequence[Path]) -> dict[Path, Path]:
     Capitals do not matter, nor how an umlaut is composed: macOS takes `ä` apart in some names.
     """
     found: dict[Path, Path] = {}
-    expected = {label_path(image) for image in images}
+    expected = {image: label_path(image) for image in images}
+    taken = set(expected.values())
     listed: dict[Path, dict[str, Path]] = {}
-    for image in images:
-        path = label_path(image)
+    for image, path in expected.items():
         if not path.is_file():
             if path.parent not in listed:
                 there = path.parent.iterdir() if path.parent.is_dir() else ()
-                listed[path.parent] = {_spelling(one): one for one in there if one not in expected}
+                listed[path.parent] = {_spelling(one): one for one in there if one not in taken}
             path = listed[path.parent].get(_spelling(path), path)
         if path.is_file():
             found[image] = path
