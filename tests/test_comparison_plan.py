@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from trt_yolov6.comparison.plan import ModelEntry, Plan, plan_of
@@ -41,6 +43,8 @@ rounds: 5
     assert (one.precisions, one.batches, one.backends) == (("int8",), (4,), ("onnxruntime",))
     changed = plan_of(one, precisions="fp16", batches=8, data="other")
     assert changed == Plan(one.models, ("fp16",), (8,), ("onnxruntime",), Path("other"))
+    given: dict[str, Any] = {"models": "n.pt", "batches": np.array([4, 8]), "data": "samples"}
+    assert Plan(**given) == Plan((ModelEntry(Path("n.pt")),), batches=(4, 8))
     for batches in (("1",), (1.5,), (True,), (None,)):
         with pytest.raises(UserError, match="batch sizes are whole numbers"):
             plan_of(one, batches=batches)

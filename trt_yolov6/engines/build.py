@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def build_engine(
 
 def check_not_source(source: object, output: str | Path | None) -> None:
     """Raise UserError where the file to write is the file that it is made of."""
-    if output is None or not isinstance(source, (str, Path)):
+    if output is None or not isinstance(source, (str, os.PathLike)):
         return
     if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
         raise UserError(f"`output` {output} is the source itself; give another file.")
