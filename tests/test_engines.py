@@ -135,11 +135,12 @@ def test_a_provider_that_is_not_installed_is_refused(engine_file: Path) -> None:
         load_engine(engine_file, options=LoadOptions(provider="tensorrt"))
 
 
-def test_a_file_that_is_no_manifest_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "n.json").write_text('{"images": []}')
+@pytest.mark.parametrize("content", ['{"images": []}', "// not JSON", '{"engine": "n.onnx"}'])
+def test_a_file_that_is_no_manifest_is_never_replaced(tmp_path: Path, content: str) -> None:
+    (tmp_path / "n.json").write_text(content)
     assert write_manifest(tmp_path / "n.onnx", MANIFEST) == tmp_path / "n.onnx.json"
     assert read_manifest(tmp_path / "n.onnx") == MANIFEST
-    assert (tmp_path / "n.json").read_text() == '{"images": []}'
+    assert (tmp_path / "n.json").read_text() == content
 
 
 def test_where_the_manifest_cannot_go_there_is_no_plan_either(

@@ -132,6 +132,10 @@ def find_media(source: str | Path) -> Pictures | Video:
 def _from_file(path: Path) -> Pictures | Video:
     if _is_video(path):
         return Video(str(path), path.stem, is_live=False)
+    if path.suffix.lower() == ".txt" and not _is_picture(read_bytes(path)):
+        raise UserError(
+            f"{path} is a text; give images, a folder or a glob (only Ray reads lists of images)."
+        )
     return Pictures((Picture(path.name, str(path), path),), is_single=True)
 
 
