@@ -146,6 +146,14 @@ def upright_size(path: Path) -> tuple[int, int]:
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 
 
+def size_or_zero(path: Path) -> tuple[int, int]:
+    """Return `upright_size`; 0, 0 for what cannot be read, which its reader will name."""
+    try:
+        return upright_size(path)
+    except UserError:
+        return 0, 0
+
+
 def exif_orientation(tiff: bytes) -> int:
     """Return the orientation in EXIF's TIFF structure, 1 to 8; 1 where it says none."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
