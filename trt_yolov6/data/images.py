@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.common.files import in_utf8, read_bytes, sha256_bytes
+from trt_yolov6.common.files import in_utf8, is_utf8, read_bytes, sha256_bytes
 from trt_yolov6.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -300,12 +300,8 @@ def opencv_path(path: str | Path) -> str:
         UserError: it is such a name.
     """
     text = in_utf8(str(path))
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{path} is not a name in UTF-8, which OpenCV needs for videos; rename it."
-        ) from error
+    if not is_utf8(text):
+        raise UserError(f"{path} is not a name in UTF-8, which OpenCV needs for videos; rename it.")
     return text
 
 
