@@ -248,6 +248,6 @@ def _calibration(options: argparse.Namespace, *, needed: bool) -> Path | None:
     if needed or options.tensorrt_calibrator:
         return calibration_folder(options.calibration)
     given: Path | None = options.calibration
-    if given or not options.onnx or not common.SAMPLE_CALIB.is_dir():
-        return given
-    return common.SAMPLE_CALIB if is_quantized(read_bytes(options.onnx)) else None
+    if given is None and options.onnx and options.onnx.is_file() and common.SAMPLE_CALIB.is_dir():
+        return common.SAMPLE_CALIB if is_quantized(read_bytes(options.onnx)) else None
+    return given
