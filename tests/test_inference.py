@@ -426,6 +426,7 @@ def test_what_answers_in_another_protocol_is_named(tmp_path: Path, engine: Engin
         ("http://127.0.0.1:9/\udcff.jpg", "does not answer"),
         ("98", "the camera 98 cannot be opened"),
         ("none/*.jpg", r"none/\*\.jpg matches no file"),
+        ("", "an empty text is not the path of images"),
         ("file:///etc/passwd", "begins with file://, which is not supported"),
     ],
 )

@@ -112,6 +112,9 @@ def find_media(source: str | Path) -> Pictures | Video:
         UserError: nothing is there, an address does not answer, or it is neither image nor video.
     """
     text = str(source)
+    if not text or not isinstance(source, (str, os.PathLike, int)):
+        what = "an empty text" if not text else f"a {type(source).__name__}"
+        raise UserError(f"{what} is not the path of images or of a video; give one.")
     if is_address(text):
         return _from_address(text)
     path = Path(text)

@@ -137,6 +137,9 @@ class _Item:
     """The same, but a JPEG may be left encoded."""
 
 
+_BYTES = (bytes, bytearray, memoryview)
+
+
 def _items(images: Images) -> list[_Item]:
     """Return one item an image, in order."""
     if isinstance(images, (str, Path)):
@@ -148,7 +151,7 @@ def _items(images: Images) -> list[_Item]:
         return [_Item(picture.path, picture.read, picture.open) for picture in media.items]
     several: Any = images
     is_array = hasattr(images, "__array__") or hasattr(images, "__array_interface__")
-    is_one = not isinstance(several, Iterable) or isinstance(several, bytes)
+    is_one = not isinstance(several, Iterable) or isinstance(several, _BYTES)
     if is_one or (is_array and np.ndim(several) in (2, 3)):
         several = [several]  # one array or tensor, or a PIL image
     found: list[_Item] = []
@@ -171,7 +174,7 @@ def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
             f"image {index} is to be turned by its EXIF orientation, as files are; give "
             "`PIL.ImageOps.exif_transpose(image)`."
         )
-    if isinstance(image, bytes):
+    if isinstance(image, _BYTES):
         raise UserError(f"image {index} is bytes; give what `read_image` makes of them.")
     if image is None:  # as OpenCV's imread has it of a file that is missing or damaged
         raise UserError(f"image {index} is None; check that it could be read.")
