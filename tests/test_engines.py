@@ -130,6 +130,18 @@ def test_a_graph_that_is_no_detector_is_refused(tmp_path: Path) -> None:
         graph_from_onnx(path)
 
 
+def test_the_kind_of_a_file_is_told_by_its_ending_in_any_case(
+    engine_file: Path, tmp_path: Path
+) -> None:
+    loud = tmp_path / "NET.ONNX"
+    loud.write_bytes(engine_file.read_bytes())
+    load_engine(loud).close()
+    for name in ("net.pth", "NET.PT"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(UserError, match=rf"{name} is a checkpoint, not an engine"):
+            load_engine(tmp_path / name)
+
+
 def test_a_provider_that_is_not_installed_is_refused(engine_file: Path) -> None:
     with pytest.raises(UserError, match="onnxruntime-gpu"):
         load_engine(engine_file, options=LoadOptions(provider="tensorrt"))
