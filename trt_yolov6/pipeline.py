@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
+from trt_yolov6.common.files import check_writable
 from trt_yolov6.common.progress import a_line_a_minute
 from trt_yolov6.data.sources import check_source
 from trt_yolov6.engines.base import BuildSettings
@@ -187,6 +188,8 @@ def quantize(
     if data is not None and wanted.float_layers != "auto":
         raise UserError(f"`data` is for a precision such as int8:auto, not {wanted}.")
     check_graph_output(source, output)
+    if table is not None:
+        check_writable(table)
     graph = _float_graph(source, None, options)
     progress = options.get("progress", True)
     with a_line_a_minute(f"quantizing {graph.name}", progress=progress):

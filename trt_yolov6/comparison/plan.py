@@ -111,6 +111,9 @@ class Plan:
     """Images whose detections are kept for the report."""
 
     def __post_init__(self) -> None:
+        # NumPy's numbers are numbers as well, except for JSON.
+        numbers = {key: one for key, one in vars(self).items() if getattr(one, "shape", None) == ()}
+        _change(self, **{key: one.item() for key, one in numbers.items()})
         models, batches = _several(self.models), _several(self.batches)
         _change(
             self,
