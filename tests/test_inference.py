@@ -250,6 +250,15 @@ def test_a_picture_is_told_by_its_content(tmp_path: Path, engine: Engine) -> Non
     assert [path.name for path in summary.outputs] == ["a.mp4.jpg"]
 
 
+def test_a_video_s_relative_path_may_have_a_colon(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cam:1").mkdir()
+    write_video(tmp_path / "cam:1" / "ride.avi", 4)
+    monkeypatch.chdir(tmp_path)
+    assert infer_source(engine, "cam:1/ride.avi", "out:1", SURE, progress=False).images == 4
+
+
 def test_a_list_of_images_is_called_one(tmp_path: Path, engine: Engine) -> None:
     (tmp_path / "list.txt").write_text("a.jpg\nb.jpg\n")
     with pytest.raises(UserError, match=r"list\.txt is a text; give images, .*only Ray reads"):

@@ -105,7 +105,7 @@ class VideoWriter:
                     *("-r", f"{self.rate:.6g}", "-i", "-", "-c:v", encoder),
                     # Half as many chroma samples need even sides: a line is added, none cut off.
                     *("-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p"),
-                    *("-movflags", "+faststart", "-f", "mp4", str(self.path.absolute())),
+                    *("-movflags", "+faststart", "-f", "mp4", str(self.path)),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
