@@ -109,9 +109,13 @@ def test_what_is_shown_has_one_default_threshold(graph: Graph, tmp_path: Path) -
         inside = NmsSettings(confidence=0.5, iou=0.7, max_detections=100)
         engine.detector = dataclasses.replace(engine.detector, nms=inside)
         assert default_nms(engine) == engine.nms
+        assert resolve(engine, PredictOptions()) == (engine.nms, 0)
         inside = NmsSettings(confidence=0.1, iou=0.7)
         engine.detector = dataclasses.replace(engine.detector, nms=inside)
         assert default_nms(engine) == NmsSettings(confidence=0.4, iou=0.7)
+        inside = NmsSettings(confidence=0.001, iou=0.7)
+        engine.detector = dataclasses.replace(engine.detector, nms=inside)
+        assert resolve(engine, PredictOptions())[0] == NmsSettings(confidence=0.03, iou=0.7)
 
 
 def test_options_change_only_what_they_give() -> None:

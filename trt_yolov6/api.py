@@ -78,7 +78,7 @@ def evaluate(
         data: data set in COCO, YOLO or Pascal VOC layout: its folder or `data.yaml`.
         split: part of it. Default: the only one, else `val`, else `val2017`.
         options: thresholds, border, batch, GPUs. Default thresholds: confidence 0.03, IoU 0.65, 300
-            boxes, as the YOLOv6 paper.
+            boxes, as the YOLOv6 paper, or those of a graph that suppresses boxes itself.
         confusion: also count which class objects are taken for.
         progress: show a progress bar, if standard error is a terminal.
 

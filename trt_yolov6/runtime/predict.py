@@ -276,7 +276,7 @@ def process(
         open_item: reads an item but may leave a JPEG encoded, see `data.jpeg.open_image`; default:
             `read`.
         finish: makes a result of a batch and its detections; called in one other thread, in order.
-        options: thresholds and more; default thresholds: `NmsSettings()`, as for evaluation.
+        options: thresholds and more; default thresholds: those of evaluation, see `resolve`.
         keep_images, skip_unreadable: as in `load_batches`.
         in_memory: `read` hands out what lies in memory already. On an engine that takes images, all
             is then done in the calling thread, `finish` too: others would have nothing to wait for.
@@ -530,11 +530,13 @@ def _prepared_here(
 def resolve(engine: Engine, options: PredictOptions) -> tuple[NmsSettings, int]:
     """Return the thresholds and the gray border in pixels that options mean for an engine.
 
+    Thresholds that they leave open are those of evaluation, see `measured_nms`.
+
     Raises:
         UserError: the engine has decided otherwise (see `check_thresholds`), or its input does not
             fit them (see `letterbox.resolve_border`).
     """
-    nms = options.nms()
+    nms = options.nms(measured_nms(engine.nms))
     check_thresholds(engine, nms)
     return nms, resolve_border(options.resize, options.border, engine.image_size)
 
@@ -544,11 +546,20 @@ def default_nms(engine: Engine) -> NmsSettings:
     return shown_nms(engine.nms)
 
 
-@functools.lru_cache(maxsize=64)
 def shown_nms(inside: NmsSettings | None) -> NmsSettings:
     """Return the thresholds of what is shown; `inside` are those of a graph that has some."""
+    return _from(SHOWN_CONFIDENCE, inside)
+
+
+def measured_nms(inside: NmsSettings | None) -> NmsSettings:
+    """Return the thresholds of evaluation and timing; `inside` as for `shown_nms`."""
+    return _from(NmsSettings.confidence, inside)
+
+
+@functools.lru_cache(maxsize=64)
+def _from(confidence: float, inside: NmsSettings | None) -> NmsSettings:
     inside = inside or NmsSettings()
-    return dataclasses.replace(inside, confidence=max(SHOWN_CONFIDENCE, inside.confidence))
+    return dataclasses.replace(inside, confidence=max(confidence, inside.confidence))
 
 
 def choose_batch(engine: Engine, batch: int | None) -> int:

@@ -20,7 +20,7 @@ from trt_yolov6.engines.base import EngineFacts, LoadOptions
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.annotate import check_outside
 from trt_yolov6.runtime.evaluate import Evaluation, FoundBatch, evaluate_found
-from trt_yolov6.runtime.predict import shown_nms
+from trt_yolov6.runtime.predict import measured_nms, shown_nms
 from trt_yolov6.serving.ray.cluster import Actors, connected, fitting_actors
 from trt_yolov6.serving.ray.detector import Detector, FoundInBlock, Item, Work, row_of, values_of
 from trt_yolov6.serving.ray.engine_files import EngineFiles, read_engine
@@ -218,7 +218,7 @@ def evaluate_on_ray(
         UserError: see `connected` and `evaluate`.
     """
     files, facts = read_engine(Path(engine), options.backend, options.load)
-    predict = _resolved(predict, facts, NmsSettings())
+    predict = _resolved(predict, facts, measured_nms(facts.nms))
     images = [dataclasses.replace(one, path=one.path.absolute()) for one in dataset.images]
 
     def found() -> Iterator[FoundBatch]:
