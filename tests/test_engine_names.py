@@ -52,6 +52,7 @@ def test_a_name_says_checkpoint_precision_and_what_is_not_usual(
         **{name: value for name, value in changes.items() if name not in described},
     )
     assert engine_stem(built, target) == stem
+    assert engine_stem(dataclasses.replace(built, source=Path("cells.pth")), target) == stem
     assert engine_path(built, "onnxruntime", None, target) == Path("engines", f"{stem}.onnx")
     assert engine_path(built, "onnxruntime", "x.onnx", target) == Path("x.onnx")
 

@@ -147,6 +147,8 @@ def benchmark(
     images, predict = how.pop("images", None), how.pop("predict", None)
     if images is None and predict is not None:
         raise UserError("`predict` is for timing with `images`; leave it out.")
+    if how.get("streams", 1) < 1:
+        raise UserError(f"`streams` {how['streams']} is out of range; give 1 or more.")
     if images is not None and how.pop("streams", 1) > 1:
         raise UserError("`streams` is for the engine alone; leave it out.")
     with contextlib.ExitStack() as stack:

@@ -215,7 +215,7 @@ def resolve_border(
                 f"{height}x{width}; give `border` between 0 and {(min(image_size) - 1) // 2}.",
             )
         return border
-    if isinstance(resize, int):
+    if not isinstance(resize, Sequence):
         # The side of a square target; on other inputs, the longer side.
         shrink = max(image_size) - resize
         resize = height - shrink, width - shrink

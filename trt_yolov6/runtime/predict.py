@@ -102,6 +102,8 @@ def detect(
     """
     items = _items(images)
     options = options or PredictOptions()
+    if options.gpus > 1:
+        raise UserError("`gpus` is for `annotate` and `evaluate`; leave it out.")
     default = default_nms(engine)
     if len(items) <= choose_batch(engine, options.batch) and engine.batch.min <= len(items):
         found = _detect_at_once(engine, items, options, options.nms(default))
@@ -135,6 +137,9 @@ class _Item:
     """The same, but a JPEG may be left encoded."""
 
 
+_BYTES = (bytes, bytearray, memoryview)
+
+
 def _items(images: Images) -> list[_Item]:
     """Return one item an image, in order."""
     if isinstance(images, (str, Path)):
@@ -146,7 +151,8 @@ def _items(images: Images) -> list[_Item]:
         return [_Item(picture.path, picture.read, picture.open) for picture in media.items]
     several: Any = images
     is_array = hasattr(images, "__array__") or hasattr(images, "__array_interface__")
-    if isinstance(several, bytes) or (is_array and np.ndim(several) in (2, 3)):
+    is_one = not isinstance(several, Iterable) or isinstance(several, _BYTES)
+    if is_one or (is_array and np.ndim(several) in (2, 3)):
         several = [several]  # one array or tensor, or a PIL image
     found: list[_Item] = []
     for image in several:
@@ -168,8 +174,10 @@ def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
             f"image {index} is to be turned by its EXIF orientation, as files are; give "
             "`PIL.ImageOps.exif_transpose(image)`."
         )
-    if isinstance(image, bytes):
+    if isinstance(image, _BYTES):
         raise UserError(f"image {index} is bytes; give what `read_image` makes of them.")
+    if image is None:  # as OpenCV's imread has it of a file that is missing or damaged
+        raise UserError(f"image {index} is None; check that it could be read.")
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise UserError(
@@ -188,8 +196,6 @@ def _detect_at_once(
     """
     check_thresholds(engine, nms)
     border = resolve_border(options.resize, options.border, engine.image_size)
-    if not items:
-        return []
     run: Run
     if engine.is_checked and engine.takes_images():
         images, buffers = decoded_on_gpu(engine, [item.open() for item in items])

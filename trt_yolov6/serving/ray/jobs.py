@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trt_yolov6.common.files import one_writer
+from trt_yolov6.common.files import is_utf8, one_writer
 from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.data.coco import CocoDataset, CocoImage
 from trt_yolov6.data.letterbox import resolve_border
@@ -113,9 +113,9 @@ def infer_on_ray(
     files, facts = read_engine(Path(engine), options.backend, options.load)
     predict = _resolved(predict, facts, shown_nms(facts.nms))
     pictures = find_pictures(source)
-    names = (one.name for one in pictures if form == "parquet")
-    if odd := [name for name in names if name.encode(errors="ignore").decode() != name]:
-        raise UserError(f"{odd[0]} is not a name in UTF-8, as Parquet has it; write jsonl instead.")
+    odd = next((one.name for one in pictures if not is_utf8(one.name)), None)
+    if odd is not None and form == "parquet":
+        raise UserError(f"{odd} is not a name in UTF-8, as Parquet has it; write jsonl instead.")
     folder = ResultFolder(output)
     if folder.is_local and Path(source).is_dir():  # what a listing names is meant
         check_outside(Path(output), (Path(one.path).parent for one in pictures))
