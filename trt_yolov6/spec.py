@@ -195,6 +195,9 @@ class NmsSettings:
     max_detections: int = 300
 
     def __post_init__(self) -> None:
+        for name in ("confidence", "iou", "max_detections"):
+            if hasattr(value := getattr(self, name), "item"):  # of NumPy, which JSON does not take
+                object.__setattr__(self, name, value.item())
         if not 0 <= self.confidence < 1:
             raise UserError(
                 f"`confidence` {self.confidence} is out of range; give 0 to less than 1."
