@@ -95,11 +95,9 @@ def test_the_graph_is_that_of_ptq_with_other_numbers(
 
 
 def test_fixed_scales_stay_and_weights_learn(start: Start, shapes: Path, one_thread: None) -> None:
-    given = dataclasses.replace(start.quantization, learn_scales=False)
-    fixed = dataclasses.replace(start, quantization=given)
     settings = settings_for(shapes, learn_scales=False)
-    result = train_quantized(fixed, settings, device="cpu", progress=False)
-    model = trained_graph(fixed, result.trained).model
+    result = train_quantized(start, settings, device="cpu", progress=False)
+    model = trained_graph(start, result.trained).model
     before, after = constants(start.graph.model), constants(model)
     for name, value in after.items():
         if name.endswith(("/scale", "/scale/0", "/scale/1")):
@@ -180,7 +178,7 @@ def test_it_repairs_a_network_that_few_bits_break(
         return evaluate_network(network, graph, load_coco(shapes, "val")).ap or 0.0
 
     whole, damaged = ap(broken.teacher()), ap(broken.student().eval())
-    settings = settings_for(shapes, bits=3, epochs=30, learning_rate=0.02)
+    settings = settings_for(shapes, epochs=30, learning_rate=0.02)
     result = train_quantized(broken, settings, device="cpu", progress=False)
     repaired = ap(result.network)
     assert whole > 0.5
@@ -196,6 +194,8 @@ def test_of_fewer_bits_first_and_last_layers_keep_eight(shapes: Path) -> None:
     narrow = prepare_graph(
         graph, ARCHITECTURES["repvgg"], folder, quantization=MINMAX, bits=4
     ).quantization
+    with pytest.raises(UserError, match="`bits` 1 is out of range; give 2 to 8"):
+        prepare_graph(graph, ARCHITECTURES["repvgg"], folder, bits=1)
     wide = {name for name, bits in narrow.weight_bits.items() if bits == 8}
     predictions = {f"head.levels.{i}.{kind}_pred" for i in range(3) for kind in ("cls", "reg")}
     assert wide == {"backbone.stem.conv"} | predictions
@@ -387,7 +387,6 @@ def kept_bytes(forward: Callable[[], object]) -> int:
         ({"scale_learning_rate": -1.0}, "`scale_learning_rate` must be above 0"),
         ({"temperature": 0.0}, "`temperature` must be above 0"),
         ({"distill_weight": -1.0}, "`distill_weight` must be at least 0"),
-        ({"bits": 1}, "`bits` must be at least 2"),
     ],
 )
 def test_wrong_settings_are_refused(named: dict[str, Any], message: str) -> None:

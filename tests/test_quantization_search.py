@@ -7,6 +7,7 @@ import dataclasses
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from support.pictures import save_noise
 from support.quantized import MINMAX, convolutions, small_detector
 
 from trt_yolov6.cli.options import percent
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.bias_correction import BiasCorrection
@@ -32,8 +34,9 @@ from trt_yolov6.quantization.preparation import RANGE_BITS, inputs_of
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.sensitivity import scores_alone
 from trt_yolov6.quantization.settings import check_settings
-from trt_yolov6.quantization.table import Variant
+from trt_yolov6.quantization.table import Variant, write_table
 from trt_yolov6.quantization.trials import Candidate, simplest_of_the_best, tried_table
+from trt_yolov6.spec import Precision
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +247,31 @@ def test_layers_of_another_graph_are_taken_over_and_float_ones_stay(
         np.testing.assert_allclose(value, (own if name == kept else theirs)[name], rtol=1e-6)
 
 
+@dataclasses.dataclass
+class Scored:
+    """Labelled images on which quantizing costs nothing."""
+
+    data_sha256: str
+
+    def __call__(self, model: onnx.ModelProto) -> float:
+        return 0.5
+
+    def change(self, model: onnx.ModelProto, base: onnx.ModelProto) -> Interval:
+        return Interval(0.0, 0.0, 0.0)
+
+
+def test_layers_chosen_on_other_labelled_images_are_chosen_again(
+    tiny: Graph, folder: Path, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(MINMAX, float_layers="auto")
+    table = tmp_path / "t.json"
+    write_table(table, quantize(tiny, folder, settings, score=Scored("aa")).table)
+    again = quantize(tiny, folder, settings, score=Scored("aa"), table_file=table)
+    other = quantize(tiny, folder, settings, score=Scored("bb"), table_file=table)
+    assert again.note.startswith("Using the calibration in")
+    assert "with the setting labelled data aa, now bb" in other.note
+
+
 # --- options ------------------------------------------------------------------------------------
 
 
@@ -261,8 +289,18 @@ def test_percentages_are_read_with_and_without_their_sign() -> None:
         *({"max_slowdown": value} for value in (0.0, -1.0, 200.0, math.inf, math.nan)),
         *({"reconstruct_minutes": value} for value in (-1.0, math.inf, math.nan)),
         {"max_ap_drop": None},
+        {"calibrator": "entropi"},
+        {"border": -1},
+        {"image_limit": 2.5},
+        *({"float_layers": value} for value in ("stem", ["stem"], (1,), 1.0, True)),
     ],
 )
-def test_budgets_out_of_range_are_refused(change: dict[str, float | None]) -> None:
-    with pytest.raises(UserError):
-        check_settings(dataclasses.replace(MINMAX, **change))  # type: ignore[arg-type]
+def test_settings_of_another_kind_or_out_of_range_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"^`{next(iter(change))}`|needs a budget"):
+        check_settings(dataclasses.replace(MINMAX, **change))
+
+
+@pytest.mark.parametrize("layers", ["stem", ["stem"], None])
+def test_a_precision_s_float_layers_are_a_number_auto_or_names(layers: Any) -> None:
+    with pytest.raises(UserError, match=r"^`float_layers` is .* auto or a tuple of names"):
+        Precision("int8", float_layers=layers)

@@ -125,6 +125,10 @@ class LabelledScore(Protocol):
     def __call__(self, model: onnx.ModelProto) -> float:
         """Return a form's AP, 0..1."""
 
+    @property
+    def data_sha256(self) -> str:
+        """Hash of the labelled data."""
+
     def change(self, model: onnx.ModelProto, base: onnx.ModelProto) -> Interval:
         """Return by how much a form's AP is higher than another's, with its 95 % interval."""
 

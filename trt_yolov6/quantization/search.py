@@ -157,6 +157,16 @@ class Search:
         key: CalibrationKey,
         labelled: LabelledScore | None = None,
     ) -> None:
+        """Take what is quantized, and how; see `quantize`.
+
+        Raises:
+            UserError: there are too few images to tune by gradients.
+        """
+        if settings.reconstruct_minutes and (len(folds) > 1 or not folds[0].is_held_out):
+            raise UserError(
+                f"`reconstruct_minutes` needs {FEWEST_TO_PART} calibration images at least, so "
+                "that half of them can judge; add some."
+            )
         self._graph = graph
         self._folds = [Fold(graph, split, settings) for split in folds]
         self._settings = settings
@@ -306,12 +316,7 @@ class Search:
 
     def _tuned_by_gradients(self, choice: Choice) -> _Tuned | None:
         """Return the graph that gradients have tuned and its ranges, if it is clearly better."""
-        fold, *others = self._folds
-        if others or not fold.split.is_held_out:
-            raise UserError(
-                f"`reconstruct_minutes` needs {FEWEST_TO_PART} calibration images at least, so "
-                "that half of them can judge; add some."
-            )
+        (fold,) = self._folds
         from trt_yolov6.quantization.reconstruction import reconstruct
 
         start, minutes = time.perf_counter(), self._settings.reconstruct_minutes

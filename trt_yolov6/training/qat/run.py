@@ -100,7 +100,6 @@ def run(
         checkpoint.arch,
         calib,
         quantization=quantization,
-        learn_scales=settings.learn_scales,
         score=LabelledAp(graph, labelled) if labelled and is_auto else None,
     )
     _log.info("%s", _described(start, settings))
