@@ -19,6 +19,7 @@ from support.quantized import MINMAX, convolutions, small_detector
 from trt_yolov6.cli.options import percent
 from trt_yolov6.common.statistics import Interval
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import set_nodes
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.bias_correction import BiasCorrection
 from trt_yolov6.quantization.collect import collect
@@ -157,6 +158,24 @@ def test_a_thinned_judge_is_one_of_every_other_image(tiny: Graph, folder: Path) 
     assert thinned.agreement(model) == half.agreement(model)
 
 
+def test_images_that_fill_up_a_fixed_batch_do_not_count_twice(tiny: Graph, folder: Path) -> None:
+    def of_three(model: onnx.ModelProto) -> onnx.ModelProto:
+        result = onnx.ModelProto()
+        result.CopyFrom(model)
+        for value in (*result.graph.input, *result.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 3
+        return result
+
+    paths = sorted(folder.iterdir())[:4]
+    model = calibrate(tiny, folder, MINMAX).with_float(())
+    alone = Judge(tiny, paths)
+    three = Judge(dataclasses.replace(tiny, model=of_three(tiny.model)), paths)
+    assert three.images == 4
+    assert three.loss(of_three(model)) == pytest.approx(alone.loss(model))
+    assert three.agreement(of_three(model)) == alone.agreement(model)
+    assert three.harmless_agreement() == pytest.approx(alone.harmless_agreement())
+
+
 def test_a_light_network_is_calibrated_with_mirrored_images_too(tiny: Graph, folder: Path) -> None:
     paths = sorted(folder.iterdir())[:2]
     image, mirrored, other, _ = inputs_of(tiny, paths)
@@ -273,6 +292,27 @@ def test_layers_chosen_on_other_labelled_images_are_chosen_again(
 
 
 # --- options ------------------------------------------------------------------------------------
+
+
+def test_a_graph_without_a_layer_for_int8_is_refused(tiny: Graph, folder: Path) -> None:
+    stored = calibrate(tiny, folder, MINMAX).with_float(())
+    nodes = [node for node in stored.graph.node if not node.name.endswith("/quantize")]
+    weights_alone = dataclasses.replace(tiny, model=onnx.ModelProto())
+    weights_alone.model.CopyFrom(stored)
+    set_nodes(weights_alone.model.graph, nodes)
+    names = tuple(convolutions(tiny.model))
+    for graph, layers, said in (
+        (weights_alone, (), "none has weights that are stored in float"),
+        (tiny, names, "`float_layers` leaves no layer in INT8"),
+        (tiny, len(names), "`float_layers` leaves no layer in INT8"),
+        (dataclasses.replace(tiny, precision="fp16"), (), "starts from a float32 graph"),
+    ):
+        settings = dataclasses.replace(MINMAX, float_layers=layers)
+        with pytest.raises(UserError, match=said):
+            quantize(graph, folder, settings)
+        if not layers:
+            with pytest.raises(UserError, match=said):
+                calibrate(graph, folder, settings)
 
 
 def test_percentages_are_read_with_and_without_their_sign() -> None:

@@ -172,10 +172,15 @@ def _check_graph(graph: Graph, settings: QuantizationSettings) -> None:
             "float32 graph."
         )
     check_weights(graph.model)
-    if quantized.is_floating and not place_for(quantized, graph.model).layers:
+    if not place_for(quantized, graph.model).layers:
+        why = (
+            "they all do little work for each value that is quantized"
+            if quantized.is_floating
+            else "none has weights that are stored in float"
+        )
         raise UserError(
-            f"{graph.source} has no convolution that {quantized.label} would speed up: they "
-            "all do little work for each value that is quantized; build it in fp16."
+            f"{graph.source} has no convolution that {quantized.label} would speed up: {why}; "
+            "build it in fp16."
         )
 
 
@@ -258,7 +263,7 @@ def calibrate(
         bias_correction=False,
         reconstruct_minutes=0.0,
     )
-    check_weights(graph.model)
+    _check_graph(graph, settings)
     paths = calibration_images(folder, settings.image_limit, report=True)
     key = CalibrationKey(model_sha256(graph.model), images_sha256(paths))
     found = Search(graph, split_images(paths), settings, key).run()

@@ -110,8 +110,11 @@ def check_float_layers(graph: Graph, settings: QuantizationSettings) -> None:
         return
     kept = wanted if isinstance(wanted, tuple) else ()
     layers = place_for(settings.quantized, graph.model, kept).layers
-    if isinstance(wanted, int):
-        most_sensitive(layers, wanted)
+    chosen = most_sensitive(layers, wanted) if isinstance(wanted, int) else ()
+    if len(chosen) == len(layers):
+        raise UserError(
+            f"`float_layers` leaves no layer in {settings.quantized.label}; choose fewer."
+        )
 
 
 def described(settings: QuantizationSettings) -> str:

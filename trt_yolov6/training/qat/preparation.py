@@ -87,7 +87,7 @@ def prepare_graph(
         score: for automatic float layers, see `quantize`.
 
     Raises:
-        UserError: see `quantize`; or all layers are to stay in float.
+        UserError: see `quantize`, or a setting is not for training.
     """
     if not NARROWEST <= bits <= WIDEST:
         raise UserError(f"`bits` {bits} is out of range; give {NARROWEST} to {WIDEST}.")
@@ -104,8 +104,6 @@ def prepare_graph(
     GraphNetwork(graph.model, arch)
     result = quantize(graph, calib, settings, score=score)
     layers = result.placement.layers
-    if not layers:
-        raise UserError("all layers are to stay in float; name fewer in `float_layers`.")
     placement, model = result.placement, result.float_model
     if bits == WIDEST:
         scales = activation_scales(placement, result.table.amax)
