@@ -53,6 +53,9 @@ def test_options_change_the_architecture() -> None:
     assert adapted(n, ArchitectureOptions()) == n
     assert adapted(n, ArchitectureOptions(block="conv", activation="silu")).block == "conv"
     assert adapted(n, ArchitectureOptions(dfl=True)).reg_max == 16
+    # N stays N, whose boxes learn by SIoU, whatever it is built of.
+    for options in (ArchitectureOptions(activation="silu"), ArchitectureOptions(csp_ratio=0.5)):
+        assert recipe_for("yolov6n", "data", options=options).losses.box == "siou"
     assert adapted(m, ArchitectureOptions(dfl=False)).reg_max == 0
     assert adapted(m, ArchitectureOptions(objectness=True)).head == "offset"
     assert adapted(m, ArchitectureOptions(csp_ratio=0.5)).stage_repeats == m.stage_repeats
