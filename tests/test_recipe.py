@@ -77,6 +77,8 @@ def test_options_change_the_architecture() -> None:
         adapted(n, ArchitectureOptions(stage_repeats=(1, 2, 3, 0)))
     with pytest.raises(UserError, match="out of range"):
         adapted(n, ArchitectureOptions(csp_ratio=2))
+    with pytest.raises(UserError, match="`activation` must be one of relu, silu, .* got gelu"):
+        ArchitectureOptions(activation="gelu")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="leave `block`"):
         adapted(architecture("yolov6lite_s"), ArchitectureOptions(block="scaled"))
     with pytest.raises(UserError, match="MBLA"):
@@ -111,6 +113,7 @@ def test_what_no_checkpoint_could_hold_is_refused(variant: str, options: dict[st
         ("compile=true", True),
         ("architecture.block=conv", "conv"),
         ("on_bad_data=skip", "skip"),
+        ("architecture.stage_repeats=1,2, 3,1", (1, 2, 3, 1)),
     ],
 )
 def test_any_field_can_be_set(assignment: str, value: object) -> None:
@@ -139,6 +142,7 @@ def test_any_field_can_be_set(assignment: str, value: object) -> None:
         ("ema_decay=1", "ema_decay must be below 1"),
         ("eval_border=320", "border"),
         ("teacher=a.pt", "`teacher`"),
+        ("architecture.stage_repeats=1,b", "stage_repeats must be a whole number"),
         ("optimizer.learning_rate=nan", "learning_rate must be above 0"),
     ],
 )
