@@ -77,7 +77,7 @@ def test_options_change_the_architecture() -> None:
         adapted(n, ArchitectureOptions(stage_repeats=(1, 2, 3, 0)))
     with pytest.raises(UserError, match="out of range"):
         adapted(n, ArchitectureOptions(csp_ratio=2))
-    with pytest.raises(UserError, match="`activation` must be one of relu, silu, .* got gelu"):
+    with pytest.raises(UserError, match=r"`activation` must be one of relu, silu, .* got gelu"):
         ArchitectureOptions(activation="gelu")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="leave `block`"):
         adapted(architecture("yolov6lite_s"), ArchitectureOptions(block="scaled"))
