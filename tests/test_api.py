@@ -243,7 +243,10 @@ def test_formats_and_frames_are_refused_before_the_work(detector: Detector, tmp_
         ({"uint8_input": True}, "`uint8_input` is not for an ONNX file"),
         ({"preprocess": {"color": "bgr"}}, r"no field color \(did you mean colour\?\)"),
         ({"calibration": "calib"}, "`calibration` is for INT8 and FP8; give one of them as"),
-        ({"precision": "fp16", "data": "cells"}, "`data` is for INT8 and FP8"),
+        (
+            {"precision": "fp16", "data": "cells"},
+            "`data` is for a precision such as int8:auto, not",
+        ),
         ({"quantization": trt_yolov6.QuantizationSettings()}, "`quantization` is for INT8 and FP8"),
     ],
 )

@@ -447,7 +447,7 @@ def _check_paths(source: object, calibration: object = None) -> None:
 
 def _check_unused(graph: Graph, calibration: str | Path | None, options: Mapping[str, Any]) -> None:
     """Refuse what only quantizing reads, where nothing is quantized."""
-    unused = {name: options.get(name) for name in ("quantization", "data", "split")}
+    unused: dict[str, Any] = {"quantization": options.get("quantization")}
     if graph.precision in ("fp32", "fp16"):  # else a clean-up is verified on the images
         unused["calibration"] = calibration
     for name, value in unused.items():
