@@ -391,6 +391,18 @@ def test_a_folder_in_use_is_left_alone(data: Path, tiny: Path, tmp_path: Path) -
         train(settings, tmp_path, resume=True, progress=False)
 
 
+def test_other_data_than_a_training_began_with_is_refused(tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(write_shapes(tmp_path / "data"), tiny, epochs=1)
+    train(settings, tmp_path / "run", progress=False)
+    file = tmp_path / "data" / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    last = content["images"].pop()["id"]
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != last]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"was started with 8 images, and .* has 7 now"):
+        train(settings, tmp_path / "run", resume=True, progress=False)
+
+
 def test_bad_data_is_refused_or_left_out_as_chosen(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

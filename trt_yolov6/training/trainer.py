@@ -194,7 +194,13 @@ def _trained(
     processes, start = call.processes, time.perf_counter()
     detector = detection_task(settings, folder, processes, progress=call.progress, scales=scales)
     _noted(detector.notes, call)
-    done = Progress() if state is None else restore(state, detector.task.learner)
+    images = len(detector.task.data)
+    done = Progress(images) if state is None else restore(state, detector.task.learner)
+    if done.images not in (0, images):  # 0: in states of early versions
+        raise UserError(
+            f"the run in {folder} was started with {counted(done.images, 'image')}, and "
+            f"{settings.data} has {images} now; restore them, or start again in another folder."
+        )
     # Only now: what cannot be trained leaves no run.
     if processes.is_first:
         for place, its in {**(settings_of or {}), folder: settings}.items():
