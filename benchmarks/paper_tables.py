@@ -263,11 +263,12 @@ _BLOCKS = (
     "The paper's have VariFocal loss, GIoU and distribution focal loss here; ours their recipe's "
 )
 _CLIPPED = "L's gradients are clipped to a norm of 10 here, as `train` does by default."
+_MISTAKE = " had GIoU, by a mistake in `train`'s defaults that has been corrected since."
 _LOSSES = "The paper's have focal loss and GIoU here, ours VariFocal loss and, in N, SIoU."
 NOTES = {
-    "2": _BLOCKS + "losses: N and S without the last, N with SIoU.",
+    "2": _BLOCKS + "losses: N and S without the last, N with SIoU; N with CSPStackRep" + _MISTAKE,
     "3": _CLIPPED,
-    "4": _BLOCKS + "losses: N without the last, with SIoU.",
+    "4": _BLOCKS + "losses: N without the last, with SIoU; N with SiLU or LReLU" + _MISTAKE,
     "6": _LOSSES,
     "7": _LOSSES,
     "10": _LOSSES + " With the paper's losses: [below](#besides-the-papers-tables).",

@@ -328,7 +328,6 @@ def _settings(case: Case, options: argparse.Namespace, seed: int) -> QatSettings
         epochs=options.epochs,
         batch=options.batch,
         seed=seed,
-        bits=case.bits,
         **{"distillation": case.how == "qat+cwd", **changes},
     )
 

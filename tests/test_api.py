@@ -243,7 +243,10 @@ def test_formats_and_frames_are_refused_before_the_work(detector: Detector, tmp_
         ({"uint8_input": True}, "`uint8_input` is not for an ONNX file"),
         ({"preprocess": {"color": "bgr"}}, r"no field color \(did you mean colour\?\)"),
         ({"calibration": "calib"}, "`calibration` is for INT8 and FP8; give one of them as"),
-        ({"precision": "fp16", "data": "cells"}, "`data` is for INT8 and FP8"),
+        (
+            {"precision": "fp16", "data": "cells"},
+            "`data` is for a precision such as int8:auto, not",
+        ),
         ({"quantization": trt_yolov6.QuantizationSettings()}, "`quantization` is for INT8 and FP8"),
     ],
 )
@@ -288,6 +291,10 @@ def test_each_verb_refuses_what_is_another_s(folder: Path) -> None:
         trt_yolov6.quantize(graph, folder / "calib", precision="fp16")
     with pytest.raises(UserError, match=r"`data` is for a precision such as int8:auto, not int8\."):
         trt_yolov6.quantize(graph, folder / "calib", data=folder / "cells")
+    with pytest.raises(UserError, match=r"`data` is for a precision such as int8:auto, not fp16\."):
+        trt_yolov6.build(graph, precision="fp16", data=folder / "cells")
+    with pytest.raises(UserError, match="`split` is part of a data set; name that as `data`"):
+        trt_yolov6.quantize(graph, folder / "calib", precision="int8:auto", split="val")
     with pytest.raises(UserError, match="`predict` is for timing with `images`"):
         trt_yolov6.benchmark([graph], predict=PredictOptions())
     with pytest.raises(UserError, match="no detector to time; name one as `detectors`"):

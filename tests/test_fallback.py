@@ -225,7 +225,8 @@ def test_nothing_is_left_in_float_for_a_gain_that_may_be_chance() -> None:
     assert len(found.trials) > 3
 
 
-def test_ranges_suffice_whatever_is_left_in_float() -> None:
+@pytest.mark.parametrize("activation", [None, "Relu"])
+def test_ranges_suffice_whatever_is_left_in_float(activation: str | None) -> None:
     rng = np.random.default_rng(0)
 
     def weight(*shape: int) -> onnx.TensorProto:
@@ -237,7 +238,10 @@ def test_ranges_suffice_whatever_is_left_in_float() -> None:
         tensor.name = f"{name}_w"
         constants.append(tensor)
         if source == "sum":
-            nodes.append(helper.make_node("Add", ["one_o", "two_o"], ["sum"]))
+            added = "sum" if activation is None else "total"  # as in a ResNet
+            nodes.append(helper.make_node("Add", ["one_o", "two_o"], [added]))
+            if activation is not None:
+                nodes.append(helper.make_node(activation, [added], ["sum"]))
         if source == "cat":
             nodes.append(helper.make_node("Concat", ["sum", "three_o"], ["cat"], axis=1))
         nodes.append(helper.make_node("Conv", [source, tensor.name], [f"{name}_o"], name))

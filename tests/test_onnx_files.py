@@ -203,12 +203,55 @@ def test_nodes_without_names_are_named_before_they_become_half_precision(tmp_pat
     expected = run(model, random_images(1)[0])
     for node in model.graph.node:
         node.name = ""
+    model.metadata_props.add(key="names", value=str([f"c{i}" for i in range(256)]))
+    model.producer_name = "PaddlePaddle"
     graph = graph_from_onnx(save(model, tmp_path / "anonymous.onnx"), fp16=True)
+    # By these the file that is written is known again.
+    assert graph.model.metadata_props == model.metadata_props
+    assert graph.model.producer_name == "PaddlePaddle"
     names = [node.name for node in graph.model.graph.node]
     assert all(names)
     assert len(set(names)) == len(names)
     for found, wanted in zip(run(graph.model, random_images(1)[0]), expected, strict=True):
         np.testing.assert_allclose(found, wanted, atol=0.02)
+
+
+@pytest.mark.parametrize("opset", [17, 19])
+def test_weights_in_int8_alone_go_with_half_precision(tmp_path: Path, opset: int) -> None:
+    # Scales in half precision are valid from opset 19 on.
+    model = detector()
+    model.opset_import[0].version = opset
+    weight = next(item for item in model.graph.initializer if item.name == "stem.w")
+    stored = {
+        "codes": np.random.default_rng(0).integers(-127, 128, weight.dims).astype(np.int8),
+        "scale": np.float32(0.01),
+        "zero": np.int8(0),
+    }
+    model.graph.initializer.remove(weight)
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(value), name) for name, value in stored.items()
+    )
+    dequantize = helper.make_node("DequantizeLinear", [*stored], ["stem.w"], "weights")
+    model.graph.node.insert(0, dequantize)
+    half = graph_from_onnx(save(model, tmp_path / "w8.onnx"), fp16=True).model
+    onnx.checker.check_model(half, full_check=True)
+    image = random_images(1)[0]
+    for found, wanted in zip(run(half, image), run(model, image), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("op", ["QuantizeLinear", "DequantizeLinear", "Conv"])
+def test_nodes_of_a_quantized_graph_without_their_inputs_are_refused(
+    tmp_path: Path, op: str
+) -> None:
+    graph = GraphWriter()
+    graph.conv("cls", graph.pair(graph.conv_relu("stem", "images", (3, 8)), 0.05), (8, 3))
+    model = graph.model("cls_out")
+    for node in model.graph.node:
+        if node.op_type == op:
+            del node.input[1:]
+    with pytest.raises(UserError, match=r"bad\.onnx is not .* input size 1 not in range"):
+        load_engine(save(model, tmp_path / "bad.onnx"))
 
 
 def test_a_file_without_operators_and_one_that_is_not_there(tmp_path: Path) -> None:

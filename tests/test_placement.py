@@ -14,12 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import authors_format
-from support.small_graphs import GraphWriter, detector
+from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx, graph_from_checkpoint
 from trt_yolov6.graph.operators import layer_names
+from trt_yolov6.graph.reference import reference_session, runner
 from trt_yolov6.models import architecture, build_model
+from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import (
     Placement,
@@ -279,14 +281,41 @@ class TestRules:
         )
         assert placement.unquantized_reads == frozenset()
 
-    def test_both_terms_of_a_shortcut_around_silu_are_quantized(self) -> None:
-        # As in the blocks of YOLOX and YOLOv5.
+    @pytest.mark.parametrize("is_rescaled", [False, True])
+    @pytest.mark.parametrize("has_factor", [False, True])
+    def test_both_terms_of_a_shortcut_around_silu_are_quantized(
+        self, is_rescaled: bool, has_factor: bool
+    ) -> None:
+        # As in the blocks of YOLOX and YOLOv5, with a factor of YOLOv6-L; rescaled by equalization.
         graph = GraphWriter()
-        trunk = graph.conv_relu("trunk", "images", (3, 8))
-        branch = graph.conv("branch", trunk, (8, 8))
-        branch = graph.node("Mul", [branch, graph.node("Sigmoid", [branch], "gate")], "act")
-        graph.conv("after", graph.node("Add", [branch, trunk], "total"), (8, 4))
-        assert place(graph.model("after_out")).tensors == ("images", "trunk_relu", "act", "total")
+
+        def silu(name: str, source: str, channels: int) -> str:
+            made = graph.conv(name, source, (channels, 8))
+            gate = graph.node("Sigmoid", [made], f"{name}_gate")
+            if not is_rescaled:
+                return graph.node("Mul", [made, gate], f"{name}_act")
+            factors = graph.constant(f"{name}_factors", np.full((1, 8, 1, 1), 2, np.float32))
+            return graph.node(
+                "Mul", [graph.node("Mul", [made, gate], f"{name}_silu"), factors], f"{name}_act"
+            )
+
+        trunk = silu("trunk", "images", 3)
+        branch, other = silu("branch", trunk, 8), trunk
+        if has_factor:
+            alpha = graph.constant("alpha", np.array([0.5], np.float32))
+            other = graph.node("Mul", [alpha, trunk], "scaled")
+        graph.conv("after", graph.node("Add", [branch, other], "total"), (8, 4))
+        model = graph.model("after_out")
+        placement = place(model)
+        assert placement.tensors == ("images", "trunk_act", "branch_act", "total")
+        images = random_images(1)
+        measured = collect(model, images, placement.tensors)
+        amax = {name: item.amax for name, item in measured.items()}
+        expected, found = (
+            runner(reference_session(one))(images[0])["after_out"]
+            for one in (model, insert_qdq(model, placement, amax))
+        )
+        np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
 
     def test_squeeze_and_excitation_stays_in_float(self) -> None:
         graph = GraphWriter()

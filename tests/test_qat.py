@@ -36,6 +36,7 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.models import YOLOv6, build_model
+from trt_yolov6.quantization.implicit import inner_tensors
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.tensorrt_cache import read_cache
 from trt_yolov6.runtime.evaluate import evaluate
@@ -84,22 +85,23 @@ def test_the_graph_is_that_of_ptq_with_other_numbers(
     start: Start, shapes: Path, one_thread: None
 ) -> None:
     result = train_quantized(start, settings_for(shapes), device="cpu", progress=False)
-    graph = trained_graph(start, result.trained)
+    said = dataclasses.replace(start.graph, calibration={"agreement": 0.9, "images": 4})
+    judged = dataclasses.replace(start, quantized=dataclasses.replace(start.quantized, graph=said))
+    graph = trained_graph(judged, result.trained)
     assert structure(graph.model) == structure(start.graph.model)
     assert graph.model.SerializeToString() != start.graph.model.SerializeToString()
     assert graph.calibration is not None
-    assert graph.calibration["quantization_aware_training"] is True
+    # What the network before training agreed to is not said of the trained one.
+    assert graph.calibration == {"images": 4, "rest": "fp32", "quantization_aware_training": True}
     scales = {name: value for name, value in constants(graph.model).items() if "scale" in name}
     before = constants(start.graph.model)
     assert any(not np.array_equal(value, before[name]) for name, value in scales.items())
 
 
 def test_fixed_scales_stay_and_weights_learn(start: Start, shapes: Path, one_thread: None) -> None:
-    given = dataclasses.replace(start.quantization, learn_scales=False)
-    fixed = dataclasses.replace(start, quantization=given)
     settings = settings_for(shapes, learn_scales=False)
-    result = train_quantized(fixed, settings, device="cpu", progress=False)
-    model = trained_graph(fixed, result.trained).model
+    result = train_quantized(start, settings, device="cpu", progress=False)
+    model = trained_graph(start, result.trained).model
     before, after = constants(start.graph.model), constants(model)
     for name, value in after.items():
         if name.endswith(("/scale", "/scale/0", "/scale/1")):
@@ -180,7 +182,7 @@ def test_it_repairs_a_network_that_few_bits_break(
         return evaluate_network(network, graph, load_coco(shapes, "val")).ap or 0.0
 
     whole, damaged = ap(broken.teacher()), ap(broken.student().eval())
-    settings = settings_for(shapes, bits=3, epochs=30, learning_rate=0.02)
+    settings = settings_for(shapes, epochs=30, learning_rate=0.02)
     result = train_quantized(broken, settings, device="cpu", progress=False)
     repaired = ap(result.network)
     assert whole > 0.5
@@ -196,6 +198,8 @@ def test_of_fewer_bits_first_and_last_layers_keep_eight(shapes: Path) -> None:
     narrow = prepare_graph(
         graph, ARCHITECTURES["repvgg"], folder, quantization=MINMAX, bits=4
     ).quantization
+    with pytest.raises(UserError, match="`bits` 1 is out of range; give 2 to 8"):
+        prepare_graph(graph, ARCHITECTURES["repvgg"], folder, bits=1)
     wide = {name for name, bits in narrow.weight_bits.items() if bits == 8}
     predictions = {f"head.levels.{i}.{kind}_pred" for i in range(3) for kind in ("cls", "reg")}
     assert wide == {"backbone.stem.conv"} | predictions
@@ -387,7 +391,6 @@ def kept_bytes(forward: Callable[[], object]) -> int:
         ({"scale_learning_rate": -1.0}, "`scale_learning_rate` must be above 0"),
         ({"temperature": 0.0}, "`temperature` must be above 0"),
         ({"distill_weight": -1.0}, "`distill_weight` must be at least 0"),
-        ({"bits": 1}, "`bits` must be at least 2"),
     ],
 )
 def test_wrong_settings_are_refused(named: dict[str, Any], message: str) -> None:
@@ -434,7 +437,7 @@ def test_nothing_but_float_layers_is_refused(calib: Path) -> None:
     _, graph = tiny_graph("repvgg")
     every = tuple(layer_names(graph.model).values())
     settings = dataclasses.replace(MINMAX, float_layers=every)
-    with pytest.raises(UserError, match="name fewer in `float_layers`"):
+    with pytest.raises(UserError, match="`float_layers` leaves no layer in INT8"):
         prepare_graph(graph, ARCHITECTURES["repvgg"], calib, quantization=settings)
 
 
@@ -480,7 +483,11 @@ def test_the_command_writes_a_graph_that_builds(
 
     plain = onnx.load(output / "yolov6-custom.float.onnx")
     tensors = {name for node in plain.graph.node for name in node.output} | {"images"}
-    assert set(read_cache(cache)) <= tensors
+    ranges = set(read_cache(cache))
+    left = {out for out, name in layer_names(plain).items() if name in said["float_layers"]}
+    # TensorRT takes a layer as INT8 where all that it reads and writes has a range.
+    assert ranges <= tensors - left
+    assert set(inner_tensors(plain)) - left <= ranges
 
     assert main(arguments) == 2
     assert "holds a training already" in capsys.readouterr().err

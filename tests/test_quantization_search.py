@@ -7,6 +7,7 @@ import dataclasses
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,9 @@ from support.pictures import save_noise
 from support.quantized import MINMAX, convolutions, small_detector
 
 from trt_yolov6.cli.options import percent
+from trt_yolov6.common.statistics import Interval
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import set_nodes
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.bias_correction import BiasCorrection
 from trt_yolov6.quantization.collect import collect
@@ -32,8 +35,9 @@ from trt_yolov6.quantization.preparation import RANGE_BITS, inputs_of
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.sensitivity import scores_alone
 from trt_yolov6.quantization.settings import check_settings
-from trt_yolov6.quantization.table import Variant
+from trt_yolov6.quantization.table import Variant, write_table
 from trt_yolov6.quantization.trials import Candidate, simplest_of_the_best, tried_table
+from trt_yolov6.spec import Precision
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +158,24 @@ def test_a_thinned_judge_is_one_of_every_other_image(tiny: Graph, folder: Path) 
     assert thinned.agreement(model) == half.agreement(model)
 
 
+def test_images_that_fill_up_a_fixed_batch_do_not_count_twice(tiny: Graph, folder: Path) -> None:
+    def of_three(model: onnx.ModelProto) -> onnx.ModelProto:
+        result = onnx.ModelProto()
+        result.CopyFrom(model)
+        for value in (*result.graph.input, *result.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 3
+        return result
+
+    paths = sorted(folder.iterdir())[:4]
+    model = calibrate(tiny, folder, MINMAX).with_float(())
+    alone = Judge(tiny, paths)
+    three = Judge(dataclasses.replace(tiny, model=of_three(tiny.model)), paths)
+    assert three.images == 4
+    assert three.loss(of_three(model)) == pytest.approx(alone.loss(model))
+    assert three.agreement(of_three(model)) == alone.agreement(model)
+    assert three.harmless_agreement() == pytest.approx(alone.harmless_agreement())
+
+
 def test_a_light_network_is_calibrated_with_mirrored_images_too(tiny: Graph, folder: Path) -> None:
     paths = sorted(folder.iterdir())[:2]
     image, mirrored, other, _ = inputs_of(tiny, paths)
@@ -244,7 +266,53 @@ def test_layers_of_another_graph_are_taken_over_and_float_ones_stay(
         np.testing.assert_allclose(value, (own if name == kept else theirs)[name], rtol=1e-6)
 
 
+@dataclasses.dataclass
+class Scored:
+    """Labelled images on which quantizing costs nothing."""
+
+    data_sha256: str
+
+    def __call__(self, model: onnx.ModelProto) -> float:
+        return 0.5
+
+    def change(self, model: onnx.ModelProto, base: onnx.ModelProto) -> Interval:
+        return Interval(0.0, 0.0, 0.0)
+
+
+def test_layers_chosen_on_other_labelled_images_are_chosen_again(
+    tiny: Graph, folder: Path, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(MINMAX, float_layers="auto")
+    table = tmp_path / "t.json"
+    write_table(table, quantize(tiny, folder, settings, score=Scored("aa")).table)
+    again = quantize(tiny, folder, settings, score=Scored("aa"), table_file=table)
+    other = quantize(tiny, folder, settings, score=Scored("bb"), table_file=table)
+    assert again.note.startswith("Using the calibration in")
+    assert "with the setting labelled data aa, now bb" in other.note
+
+
 # --- options ------------------------------------------------------------------------------------
+
+
+def test_a_graph_without_a_layer_for_int8_is_refused(tiny: Graph, folder: Path) -> None:
+    stored = calibrate(tiny, folder, MINMAX).with_float(())
+    nodes = [node for node in stored.graph.node if not node.name.endswith("/quantize")]
+    weights_alone = dataclasses.replace(tiny, model=onnx.ModelProto())
+    weights_alone.model.CopyFrom(stored)
+    set_nodes(weights_alone.model.graph, nodes)
+    names = tuple(convolutions(tiny.model))
+    for graph, layers, said in (
+        (weights_alone, (), "none has weights that are stored in float"),
+        (tiny, names, "`float_layers` leaves no layer in INT8"),
+        (tiny, len(names), "`float_layers` leaves no layer in INT8"),
+        (dataclasses.replace(tiny, precision="fp16"), (), "starts from a float32 graph"),
+    ):
+        settings = dataclasses.replace(MINMAX, float_layers=layers)
+        with pytest.raises(UserError, match=said):
+            quantize(graph, folder, settings)
+        if not layers:
+            with pytest.raises(UserError, match=said):
+                calibrate(graph, folder, settings)
 
 
 def test_percentages_are_read_with_and_without_their_sign() -> None:
@@ -261,8 +329,18 @@ def test_percentages_are_read_with_and_without_their_sign() -> None:
         *({"max_slowdown": value} for value in (0.0, -1.0, 200.0, math.inf, math.nan)),
         *({"reconstruct_minutes": value} for value in (-1.0, math.inf, math.nan)),
         {"max_ap_drop": None},
+        {"calibrator": "entropi"},
+        {"border": -1},
+        {"image_limit": 2.5},
+        *({"float_layers": value} for value in ("stem", ["stem"], (1,), 1.0, True)),
     ],
 )
-def test_budgets_out_of_range_are_refused(change: dict[str, float | None]) -> None:
-    with pytest.raises(UserError):
-        check_settings(dataclasses.replace(MINMAX, **change))  # type: ignore[arg-type]
+def test_settings_of_another_kind_or_out_of_range_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"^`{next(iter(change))}`|needs a budget"):
+        check_settings(dataclasses.replace(MINMAX, **change))
+
+
+@pytest.mark.parametrize("layers", ["stem", ["stem"], None])
+def test_a_precision_s_float_layers_are_a_number_auto_or_names(layers: Any) -> None:
+    with pytest.raises(UserError, match=r"^`float_layers` is .* auto or a tuple of names"):
+        Precision("int8", float_layers=layers)

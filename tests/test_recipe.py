@@ -60,6 +60,9 @@ def test_options_change_the_architecture() -> None:
     assert adapted(n, ArchitectureOptions()) == n
     assert adapted(n, ArchitectureOptions(block="conv", activation="silu")).block == "conv"
     assert adapted(n, ArchitectureOptions(dfl=True)).reg_max == 16
+    # N stays N, whose boxes learn by SIoU, whatever it is built of.
+    for options in (ArchitectureOptions(activation="silu"), ArchitectureOptions(csp_ratio=0.5)):
+        assert recipe_for("yolov6n", "data", options=options).losses.box == "siou"
     assert adapted(m, ArchitectureOptions(dfl=False)).reg_max == 0
     assert adapted(m, ArchitectureOptions(objectness=True)).head == "offset"
     assert adapted(m, ArchitectureOptions(csp_ratio=0.5)).stage_repeats == m.stage_repeats
@@ -81,6 +84,8 @@ def test_options_change_the_architecture() -> None:
         adapted(n, ArchitectureOptions(stage_repeats=(1, 2, 3, 0)))
     with pytest.raises(UserError, match="out of range"):
         adapted(n, ArchitectureOptions(csp_ratio=2))
+    with pytest.raises(UserError, match=r"`activation` must be one of relu, silu, .* got gelu"):
+        ArchitectureOptions(activation="gelu")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="leave `block`"):
         adapted(architecture("yolov6lite_s"), ArchitectureOptions(block="scaled"))
     with pytest.raises(UserError, match="MBLA"):
@@ -115,6 +120,7 @@ def test_what_no_checkpoint_could_hold_is_refused(variant: str, options: dict[st
         ("compile=true", True),
         ("architecture.block=conv", "conv"),
         ("on_bad_data=skip", "skip"),
+        ("architecture.stage_repeats=1,2, 3,1", (1, 2, 3, 1)),
     ],
 )
 def test_any_field_can_be_set(assignment: str, value: object) -> None:
@@ -143,6 +149,7 @@ def test_any_field_can_be_set(assignment: str, value: object) -> None:
         ("ema_decay=1", "ema_decay must be below 1"),
         ("eval_border=320", "border"),
         ("teacher=a.pt", "`teacher`"),
+        ("architecture.stage_repeats=1,b", "stage_repeats must be a whole number"),
         ("optimizer.learning_rate=nan", "learning_rate must be above 0"),
     ],
 )

@@ -30,7 +30,7 @@ from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import place
 from trt_yolov6.quantization.reconstruction import reconstruct
 from trt_yolov6.quantization.settings import QuantizationSettings
-from trt_yolov6.quantization.table import learned_path, write_table
+from trt_yolov6.quantization.table import learned_path, reusable_table, write_table
 from trt_yolov6.quantization.torch_graph import TorchGraph
 
 
@@ -182,9 +182,15 @@ def test_a_table_without_what_was_learned_is_made_again(
     monkeypatch.setattr(search, "pooled_gain", lambda *_: Interval(1, 1, 1))
     settings = dataclasses.replace(PLAIN, reconstruct_minutes=0.005)
     table = tmp_path / "tiny.calibration.json"
-    write_table(table, quantize(tiny, folder, settings).table)
-    learned_path(table).write_bytes(b"damaged")
-    assert quantize(tiny, folder, settings, table_file=table).note.startswith("Calibrating again")
+    made = quantize(tiny, folder, settings).table
+    write_table(table, made)
+    whole = learned_path(table).read_bytes()
+    for damaged in (b"", whole[:100], whole[:100] + bytes(30) + whole[130:]):
+        learned_path(table).write_bytes(damaged)
+        again, note = reusable_table(table, made.key)
+        assert again is None
+        assert note.startswith("Calibrating again")
+    assert quantize(tiny, folder, settings, table_file=table).note == note
 
 
 def test_without_images_to_judge_on_it_is_refused(

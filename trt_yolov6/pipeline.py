@@ -184,9 +184,8 @@ def quantize(
     _check_given(calibration, wanted)
     settings = quantization_settings(wanted, settings)
     check_settings(settings)
+    _check_labelled(wanted, options)
     data, table = options.get("data"), options.get("table")
-    if data is not None and wanted.float_layers != "auto":
-        raise UserError(f"`data` is for a precision such as int8:auto, not {wanted}.")
     check_graph_output(source, output)
     if table is not None:
         check_writable(table)
@@ -265,6 +264,7 @@ def build(
     # Exporting takes seconds: what cannot be built is better refused before.
     name = check_build(backend, output, settings)
     check_not_source(source, output)
+    _check_labelled(wanted, options)
     quantized = wanted if wanted is not None and wanted.quantizes else None
     if quantized is not None:
         _check_quantizing(quantized, calibration, name, settings, options)
@@ -447,7 +447,7 @@ def _check_paths(source: object, calibration: object = None) -> None:
 
 def _check_unused(graph: Graph, calibration: str | Path | None, options: Mapping[str, Any]) -> None:
     """Refuse what only quantizing reads, where nothing is quantized."""
-    unused = {name: options.get(name) for name in ("quantization", "data", "split")}
+    unused: dict[str, Any] = {"quantization": options.get("quantization")}
     if graph.precision in ("fp32", "fp16"):  # else a clean-up is verified on the images
         unused["calibration"] = calibration
     for name, value in unused.items():
@@ -474,6 +474,17 @@ def _is_checkpoint(source: str | Path | Checkpoint) -> bool:
         return file.read(2) in (b"PK", b"\x80\x02")  # an archive, or an early version's pickle
 
 
+def _check_labelled(precision: Precision | None, options: LabelledOptions) -> None:
+    data, split = options.get("data"), options.get("split")
+    if data is not None and (precision is None or precision.float_layers != "auto"):
+        kind = "the source's own" if precision is None else precision
+        raise UserError(f"`data` is for a precision such as int8:auto, not {kind}.")
+    if data is None and split is not None:
+        raise UserError("`split` is part of a data set; name that as `data`.")
+    if data is not None:
+        check_source(data, split)
+
+
 def _check_quantizing(
     precision: Precision,
     calibration: str | Path | None,
@@ -493,9 +504,6 @@ def _check_quantizing(
     calibration_images(calibration)
     if not options.get("allow_float") and not computes(backend, settings, how.quantized):
         raise all_in_float(precision.base, backend, settings.target or "this machine's GPU")
-    data = options.get("data")
-    if data is not None:
-        check_source(data, options.get("split"))
 
 
 def _check_given(calibration: object, precision: Precision) -> None:

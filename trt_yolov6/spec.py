@@ -45,6 +45,7 @@ class Precision:
     (`auto`), or these. With FP8 only by name."""
 
     def __post_init__(self) -> None:
+        check_choice_of_layers(self.float_layers)
         if not self.quantizes and (self.rest != "fp32" or self.float_layers not in (0, ())):
             raise UserError(f"{self} is not a precision: only int8 and fp8 leave a rest in float.")
         if self.base == "fp8" and not isinstance(self.float_layers, tuple) and self.float_layers:
@@ -80,6 +81,15 @@ class Precision:
         kept = self.float_layers
         layers = ",".join(kept) if isinstance(kept, tuple) else str(kept or "")
         return self.base + ("+fp16" if self.rest == "fp16" else "") + (layers and f":{layers}")
+
+
+def check_choice_of_layers(layers: object) -> None:
+    """Raise UserError for what is not a choice of float layers, see `Precision.float_layers`."""
+    is_names = isinstance(layers, tuple) and all(isinstance(one, str) for one in layers)
+    if not (is_names or layers == "auto" or type(layers) is int):
+        raise UserError(
+            f"`float_layers` is {layers!r}; give a number of layers, auto or a tuple of names."
+        )
 
 
 OutputLayout = Literal[

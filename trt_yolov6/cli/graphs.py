@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,7 @@ def implicit_calibration(options: argparse.Namespace) -> ImplicitCalibration | N
     return ImplicitCalibration(algorithm=algorithm, new_cache=cache, fp16=options.fp16)
 
 
-def write_scales(cache: Path, version: str | None, amax: dict[str, float], graph: Path) -> None:
+def write_scales(cache: Path, version: str | None, amax: Mapping[str, float], graph: Path) -> None:
     """Write a TensorRT calibration cache, and say how it is used."""
     from trt_yolov6.quantization.tensorrt_cache import write_cache
 
@@ -183,4 +184,4 @@ def calibrated(graph: Graph, options: argparse.Namespace) -> tuple[Graph, dict[s
     folder = calibration_folder(options.calibration)
     result = quantize(graph, folder, settings)
     graph = replace(graph, model=result.float_model)
-    return graph, dict(implicit_ranges(result, graph, folder, settings))
+    return graph, dict(implicit_ranges(result.table, graph, folder, settings))

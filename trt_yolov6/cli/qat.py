@@ -156,8 +156,8 @@ def run(options: argparse.Namespace) -> None:
             progress=not options.quiet,
         )
     if done.float_graph:
-        amax = done.result.trained.amax
-        write_scales(options.calibration_cache, options.cache_version, amax, done.float_graph)
+        cache, version = options.calibration_cache, options.cache_version
+        write_scales(cache, version, done.ranges, done.float_graph)
     _print_result(options, settings, done)
     # Last of all: as long as it is there, an interrupted run can be resumed to this point.
     done.state.unlink(missing_ok=True)

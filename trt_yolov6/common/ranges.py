@@ -23,7 +23,13 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 ShareBelow1 = Annotated[float, Meta(ge=0, lt=1)]
 
 _RELATIONS = {">=": "at least", ">": "above", "<=": "at most", "<": "below"}
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_TYPES = {
+    "array": "several values",
+    "bool": "true or false",
+    "float": "a number",
+    "int": "a whole number",
+    "str": "a text",
+}
 
 
 class Checked:

@@ -22,6 +22,16 @@ def at_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
     return copy.deepcopy(model)
 
 
+def copy_notes(source: onnx.ModelProto, target: onnx.ModelProto) -> None:
+    """Give a model the metadata, such as class names, and the producer of the one it was made of.
+
+    ONNX's and GraphSurgeon's conversions drop them, and families are recognized by them.
+    """
+    del target.metadata_props[:]
+    target.metadata_props.extend(source.metadata_props)
+    target.producer_name, target.producer_version = source.producer_name, source.producer_version
+
+
 def set_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
     """Replace a graph's nodes, some of which may be the graph's own."""
     # `del` frees the graph's own nodes, so all are copied first.

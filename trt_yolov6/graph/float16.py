@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
+from trt_yolov6.graph.editing import copy_notes
 from trt_yolov6.graph.index import GraphIndex, nodes_after_layers
 from trt_yolov6.graph.operators import FREE_OPS
 
@@ -47,6 +48,7 @@ def to_fp16(model: onnx.ModelProto, keep_float32: Collection[str] = ()) -> onnx.
     _remove_bounces(graph)
     # The converter puts its casts at the end of the node list.
     sorted_model: onnx.ModelProto = gs.export_onnx(graph.cleanup().toposort())
+    copy_notes(model, sorted_model)
     return sorted_model
 
 

@@ -20,11 +20,13 @@ from trt_yolov6.detectors.metadata import (
 from trt_yolov6.detectors.recognition import recognize
 from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import at_opset
 from trt_yolov6.graph.files import graph_precision, read_onnx, value_spec
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
 from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.normalize import with_folded_weights
+from trt_yolov6.graph.operators import HALF_SCALES_OPSET, QDQ_OPS
 from trt_yolov6.graph.outputs import drop_other_outputs, dropped_text, facts_of
 from trt_yolov6.spec import BatchProfile
 
@@ -75,6 +77,8 @@ def graph_from_onnx(
         )
     if fp16 and precision == "fp32":
         _name_anonymous_nodes(model)
+        if any(node.op_type in QDQ_OPS for node in model.graph.node):  # weights alone in INT8
+            model = at_opset(model, HALF_SCALES_OPSET)
         model = to_fp16(model, keep_float32=tail_nodes(model))
         precision = "fp16"
     labels = names_in(metadata) if class_names is None else tuple(class_names)

@@ -137,6 +137,8 @@ def runner(
     """Return a function from what a session's one input takes to outputs by name; None: all."""
     names = [item.name for item in session.get_outputs()] if outputs is None else list(outputs)
     source = session.get_inputs()[0].name
+    if not names:  # for which ONNX Runtime would return all
+        return lambda _: {}
     return lambda images: dict(zip(names, session.run(names, {source: images}), strict=True))
 
 

@@ -13,30 +13,33 @@ import onnx
 from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.graph.index import GraphIndex, nodes_after_layers, shapes_of, types_of
 from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.judge import batches_of
-from trt_yolov6.quantization.pipeline import QuantizedGraph
 from trt_yolov6.quantization.preparation import method_of
 from trt_yolov6.quantization.settings import QuantizationSettings
+from trt_yolov6.quantization.table import CalibrationTable
 
 
 def implicit_ranges(
-    result: QuantizedGraph, graph: Graph, folder: str | Path, settings: QuantizationSettings
+    table: CalibrationTable, graph: Graph, folder: str | Path, settings: QuantizationSettings
 ) -> dict[str, float]:
     """Return the range of each tensor that TensorRT is to have in INT8, the table's own first.
 
     Args:
-        result: what calibrating gave.
+        table: what calibrating gave.
         graph: the float graph that the ranges are for.
         folder: the images that it was calibrated on.
         settings: how it was calibrated.
     """
-    known = dict(result.table.amax)
-    names = [name for name in inner_tensors(graph.model) if name not in known]
+    known = dict(table.amax)
+    # A layer whose output has no range stays in float.
+    left = {out for out, name in layer_names(graph.model).items() if name in table.float_layers}
+    names = [name for name in inner_tensors(graph.model) if name not in {*known, *left}]
     paths = calibration_images(folder, settings.image_limit)
     statistics = collect(graph.model, batches_of(graph, paths, settings.border), names)
-    method = method_of(result.table)
+    method = method_of(table)
     return known | {name: amax_of(item, method) for name, item in statistics.items()}
 
 

@@ -125,6 +125,10 @@ class LabelledScore(Protocol):
     def __call__(self, model: onnx.ModelProto) -> float:
         """Return a form's AP, 0..1."""
 
+    @property
+    def data_sha256(self) -> str:
+        """Hash of the labelled data."""
+
     def change(self, model: onnx.ModelProto, base: onnx.ModelProto) -> Interval:
         """Return by how much a form's AP is higher than another's, with its 95 % interval."""
 
@@ -143,6 +147,9 @@ class Judge:
 
     def __init__(self, graph: Graph, paths: Sequence[Path], border: int = 0) -> None:
         self._images = list(batches_of(graph, paths, border))
+        # A fixed batch is filled up with images that have been counted.
+        size = len(self._images[0])
+        self._sizes = [min(size, len(paths) - first) for first in range(0, len(paths), size)]
         self._preprocessing = graph.preprocessing
         self._layout: OutputLayout = graph.output_layout
         self._image_size = graph.image_size
@@ -150,11 +157,11 @@ class Judge:
         self._found: dict[tuple[str, int], _Seen] = {}
         self._watch = Displacement(graph) if Displacement.can_watch(graph) else None
         self._reference: list[list[Detections]] = []
-        for found, outputs in self._run(graph.model, self._images):
+        self._batches = range(len(self._images))
+        for found, outputs in self._run(graph.model, self._batches):
             self._reference.append(found)
             if self._watch is not None:
                 self._watch.watch(outputs, len(found))
-        self._batches = range(len(self._images))
 
     @property
     def reference(self) -> list[Detections]:
@@ -190,9 +197,7 @@ class Judge:
         values = []
         for seed in range(2):
             rng = np.random.default_rng(seed)
-            images = (self._images[batch] for batch in self._batches)
-            noisy = (with_noise(one, rng, self._preprocessing) for one in images)
-            found = [one for batch, _ in self._run(self._model, noisy) for one in batch]
+            found = [one for seen, _ in self._run(self._model, self._batches, rng) for one in seen]
             values.append(likely_agreement([(self, found)]))
         return sum(values) / len(values)
 
@@ -209,8 +214,7 @@ class Judge:
         digest = sha256_bytes(model.SerializeToString())
         missing = [batch for batch in self._batches if (digest, batch) not in self._found]
         if missing:
-            runs = self._run(model, (self._images[batch] for batch in missing))
-            for batch, (found, outputs) in zip(missing, runs, strict=True):
+            for batch, (found, outputs) in zip(missing, self._run(model, missing), strict=True):
                 own = None if self._watch is None else self._watch.moved(batch, outputs)
                 self._found[digest, batch] = found, own
         seen = [self._found[digest, batch] for batch in self._batches]
@@ -221,15 +225,22 @@ class Judge:
         return detections, 1 - pooled_agreement([(self, detections)])
 
     def _run(
-        self, model: onnx.ModelProto, batches: Iterable[NDArray[Any]]
+        self,
+        model: onnx.ModelProto,
+        batches: Iterable[int],
+        noise: np.random.Generator | None = None,
     ) -> Iterator[tuple[list[Detections], Outputs]]:
-        """Yield detections and outputs of one batch after the other."""
+        """Yield detections and outputs of one batch after the other, with noise or without."""
         # Whole numbers, as the engine will add them up; and they are faster than dequantized ones.
         run = runner(reference_session(with_integer_convolutions(model)))
         whole = fit(self._image_size, self._image_size)
-        for images in batches:
+        for batch in batches:
+            images = self._images[batch]
+            if noise is not None:
+                images = with_noise(images, noise, self._preprocessing)
             outputs, placed = run(images), [whole] * len(images)
-            yield postprocess(outputs, self._layout, NmsSettings(), placed, clip=False), outputs
+            found = postprocess(outputs, self._layout, NmsSettings(), placed, clip=False)
+            yield found[: self._sizes[batch]], outputs
 
 
 Judged = Sequence[tuple[Judge, Sequence[Detections]]]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import onnx
@@ -133,22 +135,18 @@ def read_learned(path: Path, sha256: str) -> Learned:
     Raises:
         UserError: the file is missing, damaged or of another calibration.
     """
-    parts: dict[str, dict[str, NDArray[np.generic]]] = {"codes": {}, "bias": {}, "scale": {}}
+    parts: dict[str, dict[str, NDArray[Any]]] = {"codes": {}, "bias": {}, "scale": {}}
     try:
         with np.load(path, allow_pickle=False) as stored:
             for name in stored.files:
                 kind, _, layer = name.partition(":")
-                parts[kind][layer] = stored[name]
-    except (OSError, ValueError, KeyError) as error:
+                parts[kind][layer] = stored[name].astype(np.int8 if kind == "codes" else np.float32)
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
         raise UserError(
             f"{path} does not hold the weights that were learned with the calibration next to it; "
             "calibrate again."
         ) from error
-    learned = Learned(
-        {name: value.astype(np.int8) for name, value in parts["codes"].items()},
-        {name: value.astype(np.float32) for name, value in parts["bias"].items()},
-        {name: value.astype(np.float32) for name, value in parts["scale"].items()},
-    )
+    learned = Learned(parts["codes"], parts["bias"], parts["scale"])
     if learned.sha256 != sha256:
         raise UserError(
             f"{path} is not of the calibration next to it; delete both and calibrate again."

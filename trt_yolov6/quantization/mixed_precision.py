@@ -16,7 +16,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.cost import T4, layers_of
 from trt_yolov6.graph.index import GraphIndex
 from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
-from trt_yolov6.quantization.qdq.placement import place
+from trt_yolov6.quantization.qdq.placement import is_quantized_after, place
 from trt_yolov6.quantization.sensitivity import Distortion
 
 _BATCH = 32
@@ -109,7 +109,7 @@ def tensors_for_any_choice(model: onnx.ModelProto) -> tuple[str, ...]:
     wanted.update(
         name
         for node in graph.nodes
-        if node.op_type in ("Add", "Sum") and wanted & {*node.output}
+        if node.op_type in ("Add", "Sum") and is_quantized_after(graph, node, wanted)
         for name in node.input
         if name not in graph.constants
     )

@@ -61,6 +61,9 @@ from trt_yolov6.quantization.types import INT8
 
 _log = logging.getLogger(__name__)
 
+_PLACEMENT = 2
+"""To be raised with a change of `placement`: tables lack the ranges of tensors new to it."""
+
 
 @dataclass(frozen=True)
 class QuantizedGraph:
@@ -106,7 +109,7 @@ def quantize(
     check_float_layers(graph, settings)
     paths = calibration_images(folder, settings.image_limit, report=True)
     folds = split_images(paths)
-    key = _key(graph, paths, settings, by_ap=score is not None)
+    key = _key(graph, paths, settings, score)
     table, note = reusable_table(table_file, key) if table_file else (None, "")
     if note:
         _log.info(note)
@@ -169,15 +172,23 @@ def _check_graph(graph: Graph, settings: QuantizationSettings) -> None:
             "float32 graph."
         )
     check_weights(graph.model)
-    if quantized.is_floating and not place_for(quantized, graph.model).layers:
+    if not place_for(quantized, graph.model).layers:
+        why = (
+            "they all do little work for each value that is quantized"
+            if quantized.is_floating
+            else "none has weights that are stored in float"
+        )
         raise UserError(
-            f"{graph.source} has no convolution that {quantized.label} would speed up: they "
-            "all do little work for each value that is quantized; build it in fp16."
+            f"{graph.source} has no convolution that {quantized.label} would speed up: {why}; "
+            "build it in fp16."
         )
 
 
 def _key(
-    graph: Graph, paths: Sequence[Path], settings: QuantizationSettings, *, by_ap: bool
+    graph: Graph,
+    paths: Sequence[Path],
+    settings: QuantizationSettings,
+    score: LabelledScore | None,
 ) -> CalibrationKey:
     return CalibrationKey(
         model_sha256(graph.model),
@@ -191,10 +202,12 @@ def _key(
             "reconstruct": settings.reconstruct,
             "reconstruct_minutes": settings.reconstruct_minutes,
             "adaptive_rounding": settings.adaptive_rounding,
-            "float_layers": described(settings) + (", by AP" if by_ap else ""),
+            "float_layers": described(settings),
             "border": settings.border,
+            "placement": _PLACEMENT,
             "preprocessing": str(graph.preprocessing),
             **({"mirrored": True} if copies_of(graph) > 1 else {}),
+            **({} if score is None else {"labelled data": score.data_sha256}),
         },
     )
 
@@ -248,8 +261,9 @@ def calibrate(
         quantized=INT8,
         float_layers=0,
         bias_correction=False,
+        reconstruct_minutes=0.0,
     )
-    check_weights(graph.model)
+    _check_graph(graph, settings)
     paths = calibration_images(folder, settings.image_limit, report=True)
     key = CalibrationKey(model_sha256(graph.model), images_sha256(paths))
     found = Search(graph, split_images(paths), settings, key).run()

@@ -97,15 +97,18 @@ class Prepared:
 
         With other layers in float, pairs stand elsewhere and groups are other ones.
         """
-        placement = self.placed(float_layers)
-        statistics = {name: self.statistics[name] for name in placement.tensors}
-        amax = group_amax(statistics, placement.groups, method, self.quantized)
-        return {name: _rounded_up(value) for name, value in amax.items()}
+        return self._ranges(self.placed(float_layers), method)
 
     def inserted(self, method: Method, float_layers: tuple[str, ...] = ()) -> onnx.ModelProto:
         """Return the Q/DQ graph by a calibrator, with some layers in float."""
-        placement, amax = self.placed(float_layers), self.ranges(method, float_layers)
+        placement = self.placed(float_layers)
+        amax = self._ranges(placement, method)
         return insert_qdq(self.model, placement, amax, quantized=self.quantized)
+
+    def _ranges(self, placement: Placement, method: Method) -> dict[str, float]:
+        statistics = {name: self.statistics[name] for name in placement.tensors}
+        amax = group_amax(statistics, placement.groups, method, self.quantized)
+        return {name: _rounded_up(value) for name, value in amax.items()}
 
 
 def _rounded_up(value: float) -> float:

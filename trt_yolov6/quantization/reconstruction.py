@@ -85,6 +85,22 @@ def reconstruct(
     Raises:
         UserError: the graph has an operator that is not known here.
     """
+    # With ten bits of mantissa a convolution on a GPU is off by more than INT8's rounding.
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        return _reconstructed(graph, float_model, quantized_model, images, seconds)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _reconstructed(
+    graph: Graph,
+    float_model: onnx.ModelProto,
+    quantized_model: onnx.ModelProto,
+    images: Sequence[NDArray[Any]],
+    seconds: float,
+) -> onnx.ModelProto:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers = [one.output for one in quantized_layers(quantized_model) if one.has_own_codes]
     teacher = TorchGraph(float_model, layers).to(device).requires_grad_(False)
@@ -98,8 +114,6 @@ def reconstruct(
         student.scale_parameters(),
         student.bias_parameters(),
     )
-    # With ten bits of mantissa a convolution on a GPU is off by more than INT8's rounding.
-    torch.backends.cudnn.allow_tf32 = False
     optimizer = torch.optim.Adam(
         [{"params": own, "lr": rate} for own, rate in zip(parameters, rates, strict=True)],
         betas=_BETAS,

@@ -157,6 +157,8 @@ class Search:
         key: CalibrationKey,
         labelled: LabelledScore | None = None,
     ) -> None:
+        if settings.reconstruct_minutes:
+            _check_learning(graph, folds)
         self._graph = graph
         self._folds = [Fold(graph, split, settings) for split in folds]
         self._settings = settings
@@ -306,12 +308,7 @@ class Search:
 
     def _tuned_by_gradients(self, choice: Choice) -> _Tuned | None:
         """Return the graph that gradients have tuned and its ranges, if it is clearly better."""
-        fold, *others = self._folds
-        if others or not fold.split.is_held_out:
-            raise UserError(
-                f"`reconstruct_minutes` needs {FEWEST_TO_PART} calibration images at least, so "
-                "that half of them can judge; add some."
-            )
+        (fold,) = self._folds
         from trt_yolov6.quantization.reconstruction import reconstruct
 
         start, minutes = time.perf_counter(), self._settings.reconstruct_minutes
@@ -541,6 +538,18 @@ class Search:
         _log.info(f"sensitivity of {count} layers over {len(paths)} images ...")
         images = batches_of(self._graph, paths, self._settings.border)
         return layer_distortions(prepared.model, prepared.placement, amax, images)
+
+
+def _check_learning(graph: Graph, folds: Sequence[ImageSplit]) -> None:
+    """Raise UserError for what cannot be tuned by gradients, before minutes of calibration."""
+    from trt_yolov6.quantization.torch_graph import TorchGraph
+
+    if len(folds) > 1 or not folds[0].is_held_out:
+        raise UserError(
+            f"`reconstruct_minutes` needs {FEWEST_TO_PART} calibration images at least, so that "
+            "half of them can judge; add some."
+        )
+    TorchGraph(graph.model)
 
 
 def _fallback_sentence(found: Fallback, budget: _Budget, slower: float | None) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from msgspec import Meta
+
+from trt_yolov6.common.ranges import Checked
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import Method, methods_for
@@ -12,17 +15,18 @@ from trt_yolov6.quantization.judge import HARMLESS_NOISE, least_agreement
 from trt_yolov6.quantization.mixed_precision import most_sensitive
 from trt_yolov6.quantization.qdq.placement import place_for
 from trt_yolov6.quantization.types import INT8, QuantizedType
+from trt_yolov6.spec import check_choice_of_layers
 
 _MOST_MINUTES = 24 * 60
 
 
 @dataclass(frozen=True)
-class QuantizationSettings:
+class QuantizationSettings(Checked):
     """Settings for quantizing a graph."""
 
     quantized: QuantizedType = INT8
     """Number type of quantized tensors."""
-    calibrator: Method | Literal["auto"] = "auto"
+    calibrator: Literal["auto", Method] = "auto"
     """One for all tensors; `auto` takes the one whose detections agree best with the float ones."""
     equalize: bool = True
     """Try rescaled channels as well; off, the graph's weights stay as they are."""
@@ -49,8 +53,12 @@ class QuantizationSettings:
     """Everything that is not quantized in half precision."""
     image_limit: int | None = None
     """Calibration images taken, spread evenly over the folder; None for all."""
-    border: int = 0
+    border: Annotated[int, Meta(ge=0)] = 0
     """Gray pixels around each image, as in evaluation."""
+
+    def __post_init__(self) -> None:
+        check_choice_of_layers(self.float_layers)
+        super().__post_init__()
 
 
 def check_settings(settings: QuantizationSettings) -> None:
@@ -102,8 +110,11 @@ def check_float_layers(graph: Graph, settings: QuantizationSettings) -> None:
         return
     kept = wanted if isinstance(wanted, tuple) else ()
     layers = place_for(settings.quantized, graph.model, kept).layers
-    if isinstance(wanted, int):
-        most_sensitive(layers, wanted)
+    chosen = most_sensitive(layers, wanted) if isinstance(wanted, int) else ()
+    if len(chosen) == len(layers):
+        raise UserError(
+            f"`float_layers` leaves no layer in {settings.quantized.label}; choose fewer."
+        )
 
 
 def described(settings: QuantizationSettings) -> str:

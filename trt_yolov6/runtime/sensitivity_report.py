@@ -122,6 +122,13 @@ class LabelledAp:
         """Return a form's AP, 0..1."""
         return self._measured(model)[0]
 
+    @property
+    def data_sha256(self) -> str:
+        """Hash of the images' names and of their labels."""
+        names = [(one.id, one.path.name) for one in self._dataset.images]
+        said = names, self._dataset.class_names, self._dataset.annotations
+        return sha256_bytes(repr(said).encode())
+
     def change(self, model: onnx.ModelProto, base: onnx.ModelProto) -> Interval:
         """Return by how much a form's AP is higher than another's, with its 95 % interval.
 

@@ -21,7 +21,7 @@ from trt_yolov6.common.ranges import Checked, Count, NotNegative, Positive
 from trt_yolov6.detectors.box_similarity import similarity
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import anchor_points, decode, joined
-from trt_yolov6.models.variants import Architecture, variant_name
+from trt_yolov6.models.variants import Architecture
 from trt_yolov6.training.assigners import Assignment, atss, simota, task_aligned
 from trt_yolov6.training.targets import Targets
 
@@ -102,7 +102,8 @@ def default_losses(arch: Architecture) -> LossSettings:
     VariFocal loss; SIoU for N and T, GIoU for all others; DFL where the head predicts
     distributions; objectness where the head has it.
     """
-    is_small = variant_name(arch).startswith(("yolov6n", "yolov6t"))
+    # By its name: N with another activation, say, is an N still.
+    is_small = arch.name.startswith(("yolov6n", "yolov6t"))
     return LossSettings(
         box="siou" if is_small else "giou",
         use_dfl=arch.reg_max > 0,

@@ -39,8 +39,12 @@ REG_MAX = 16
 
 
 @dataclass(frozen=True)
-class ArchitectureOptions:
-    """Overrides of the variant's row; None keeps it (paper, Tables 2 to 4 and 11)."""
+class ArchitectureOptions(Checked):
+    """Overrides of the variant's row; None keeps it (paper, Tables 2 to 4 and 11).
+
+    Raises:
+        UserError: an unknown name, or a value of another type.
+    """
 
     block: BlockKind | None = None
     activation: ActivationName | None = None
@@ -284,9 +288,12 @@ def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
     if len(names) > 1:
         raise UserError(f"`assignment` {assignment}: {names[0]} is a single value.")
     kind = typing.get_type_hints(type(value), include_extras=True)[names[0]]
-    is_none = text.lower() == "none" and type(None) in typing.get_args(kind)
+    kinds = typing.get_args(kind)
+    is_none = text.lower() == "none" and type(None) in kinds
+    several = any(typing.get_origin(one) is tuple for one in kinds)
+    given = text.strip("[]()").replace(" ", "").split(",") if several else text
     subject = f"`assignment` {assignment}: {names[0]}"
-    changed = None if is_none else fitting(text, kind, subject, strict=False)
+    changed = None if is_none else fitting(given, kind, subject, strict=False)
     return dataclasses.replace(value, **{names[0]: changed})
 
 

@@ -337,7 +337,14 @@ def _exactly(content: bytes, options: LoadOptions) -> tuple[bytes, bool]:
     graph = parsed_model(content) if on_cpu else None
     if graph is None:
         return content, False
-    from trt_yolov6.quantization.qdq import integer_arithmetic as exactly  # imports onnx
+    import onnx
+
+    from trt_yolov6.quantization.qdq import integer_arithmetic as exactly
+
+    try:
+        onnx.checker.check_model(content)
+    except (onnx.checker.ValidationError, ValueError):  # what opens the session says so
+        return content, False
 
     whole = exactly.with_integer_convolutions(graph)
     exact = exactly.with_single_quantization(whole)

@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
+from trt_yolov6.graph.editing import copy_notes
 from trt_yolov6.graph.operators import FUSED_OPS, MOVING_OPS, QDQ_OPS, WEIGHTED_OPS
 from trt_yolov6.quantization.qdq.placement import joined_groups
 
@@ -70,8 +71,7 @@ def clean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[Removal, ...]]
     if not removals:
         return model, ()
     result: onnx.ModelProto = gs.export_onnx(graph.cleanup().toposort())
-    del result.metadata_props[:]
-    result.metadata_props.extend(model.metadata_props)
+    copy_notes(model, result)
     result.ir_version = model.ir_version
     try:
         onnx.checker.check_model(result)

@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.editing import at_opset, drop_unread_initializers, set_nodes
+from trt_yolov6.graph.editing import at_opset, copy_notes, drop_unread_initializers, set_nodes
 from trt_yolov6.graph.index import constants_of, tensor_value
-from trt_yolov6.graph.operators import layer_names, weight_axis
+from trt_yolov6.graph.operators import HALF_SCALES_OPSET, layer_names, weight_axis
 from trt_yolov6.quantization.qdq.placement import Placement
 from trt_yolov6.quantization.types import INT8, QuantizedType
-
-_HALF_SCALES_OPSET = 19
 
 
 def insert_qdq(
@@ -54,7 +52,7 @@ def insert_qdq(
     Raises:
         UserError: a range is missing, zero or not finite, or a weight is not finite.
     """
-    result = at_opset(model, max(quantized.opset, _HALF_SCALES_OPSET if fp16 else 0))
+    result = at_opset(model, max(quantized.opset, HALF_SCALES_OPSET if fp16 else 0))
     graph = result.graph
     scales = activation_scales(placement, amax, quantized)
     scales |= {name: scales[source] for name, source in placement.repeated.items()}
@@ -93,9 +91,7 @@ def insert_qdq(
         from trt_yolov6.graph.float16 import tail_nodes, to_fp16
 
         result = to_fp16(result, keep_float32=tail_nodes(result))
-    # Class names lie in them; conversions drop them.
-    del result.metadata_props[:]
-    result.metadata_props.extend(model.metadata_props)
+    copy_notes(model, result)
     onnx.checker.check_model(result)
     return result
 

@@ -415,7 +415,7 @@ def _shortcuts(
     for node in graph.nodes:
         if node.op_type not in ("Add", "Sum") or len(node.input) != 2 or node.output[0] in plain:
             continue
-        if not _is_quantized_after(graph, node, wanted):
+        if not is_quantized_after(graph, node, wanted):
             continue
         fused = [
             name
@@ -449,7 +449,7 @@ def _activated_terms(
         if (
             activated
             and wanted.union(activated).issuperset(read)
-            and _is_quantized_after(graph, node, wanted)
+            and is_quantized_after(graph, node, wanted)
         ):
             yield from activated
 
@@ -468,13 +468,20 @@ def _is_rectified(graph: GraphIndex, name: str, integer: set[str]) -> bool:
 
 
 def _is_gated(graph: GraphIndex, name: str, integer: set[str]) -> bool:
-    """Return whether a tensor is what SiLU makes of an INT8 layer's output."""
+    """Return whether a tensor is what SiLU makes of an INT8 layer's output.
+
+    Its channels may be multiplied by constants (`equalization.rescaling`), in the same kernel.
+    """
     node = graph.producer(name)
+    if node is not None and node.op_type == "Mul" and graph.scaled(node) is None:
+        computed = [item for item in node.input if item not in graph.constants]
+        if len(computed) == 1:
+            node = graph.producer(computed[0])
     gated = None if node is None else graph.gated(node)
     return gated is not None and gated[0] in integer and gated[1].op_type == "Sigmoid"
 
 
-def _is_quantized_after(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str]) -> bool:
+def is_quantized_after(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str]) -> bool:
     """Return whether a node's output, or the ReLU's that follows it, is a tensor to quantize."""
     readers = graph.readers(node.output[0])
     return node.output[0] in wanted or (

@@ -51,7 +51,6 @@ class Quantization:
     """Quantization grid of each tensor, by name."""
     weight_bits: Mapping[str, int]
     """Bit width of the weights of each quantized layer, by name."""
-    learn_scales: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ class GraphNetwork(nn.Module):
         arch: Architecture,
         quantization: Quantization | None = None,
         features: Sequence[str] = (),
+        *,
+        learn_scales: bool = True,
     ) -> None:
         """Read a graph.
 
@@ -87,6 +88,7 @@ class GraphNetwork(nn.Module):
             arch: of the network that was exported.
             quantization: what to round; None: nothing, as for the teacher.
             features: tensors that `forward` also returns, see `feature_tensors`.
+            learn_scales: else they stay.
 
         Raises:
             UserError: the graph has an operator that exported networks do not have.
@@ -126,7 +128,7 @@ class GraphNetwork(nn.Module):
         self.quantizers = nn.ModuleDict()
         self._unquantized_reads = frozenset[tuple[str, str]]()
         if quantization is not None:
-            self._add_quantizers(nodes, quantization)
+            self._add_quantizers(nodes, quantization, learn_scales)
             self._unquantized_reads = quantization.placement.unquantized_reads
         self._codes = self._coded_convolutions(nodes)
         self._steps = self._compiled(nodes)
@@ -241,7 +243,9 @@ class GraphNetwork(nn.Module):
 
     # --- inside
 
-    def _add_quantizers(self, nodes: Sequence[onnx.NodeProto], given: Quantization) -> None:
+    def _add_quantizers(
+        self, nodes: Sequence[onnx.NodeProto], given: Quantization, learn_scales: bool
+    ) -> None:
         group_of = {name: group[0] for group in given.placement.groups for name in group}
         known = {self._input, *(name for node in nodes for name in node.output)}
         for tensor in given.placement.tensors:
@@ -251,7 +255,7 @@ class GraphNetwork(nn.Module):
             if key not in self.quantizers:
                 scale = torch.tensor(np.float32(given.scales[tensor]))
                 self.quantizers[key] = FakeQuantizer(
-                    scale, given.levels[tensor], learn=given.learn_scales
+                    scale, given.levels[tensor], learn=learn_scales
                 )
             self._tensor_quantizers[tensor] = key
         names = layer_names(self._model)
@@ -265,7 +269,7 @@ class GraphNetwork(nn.Module):
             scale = weight_scale(value, axis, given.weight_bits[layer])
             key = f"weight:{weight}".replace(".", ":")
             self.quantizers[key] = FakeQuantizer(
-                scale, weight_levels(given.weight_bits[layer]), learn=given.learn_scales
+                scale, weight_levels(given.weight_bits[layer]), learn=learn_scales
             )
             self._weight_quantizers[weight] = key
 

@@ -20,7 +20,7 @@ from trt_yolov6.graph.operators import CONVOLUTIONS, layer_names
 from trt_yolov6.models.variants import Architecture
 from trt_yolov6.quantization.calibrators import group_amax
 from trt_yolov6.quantization.collect import collect
-from trt_yolov6.quantization.fake_quantize import WIDEST, Levels, activation_levels
+from trt_yolov6.quantization.fake_quantize import NARROWEST, WIDEST, Levels, activation_levels
 from trt_yolov6.quantization.judge import LabelledScore, batches_of
 from trt_yolov6.quantization.pipeline import QuantizedGraph, quantize
 from trt_yolov6.quantization.qdq.insert import activation_scales
@@ -46,10 +46,18 @@ class Start:
         """The graph's description."""
         return self.quantized.graph
 
-    def student(self, device: torch.device | str = "cpu") -> GraphNetwork:
+    def student(
+        self, device: torch.device | str = "cpu", *, learn_scales: bool = True
+    ) -> GraphNetwork:
         """Return the fake-quantized network, as calibrated: PTQ without corrected biases."""
-        model, features = self.quantized.float_model, self.features
-        return placed(GraphNetwork(model, self.arch, self.quantization, features), device)
+        network = GraphNetwork(
+            self.quantized.float_model,
+            self.arch,
+            self.quantization,
+            self.features,
+            learn_scales=learn_scales,
+        )
+        return placed(network, device)
 
     def teacher(self, device: torch.device | str = "cpu") -> GraphNetwork:
         """Return the float network, not to be trained."""
@@ -64,7 +72,6 @@ def prepare_graph(
     *,
     quantization: QuantizationSettings | None = None,
     bits: int = WIDEST,
-    learn_scales: bool = True,
     score: LabelledScore | None = None,
 ) -> Start:
     """Calibrate a graph, to be trained quantized.
@@ -75,25 +82,28 @@ def prepare_graph(
         calib: folder of calibration images.
         quantization: calibrator, equalization and float layers, as for `quantize`. Biases are not
             corrected: training does that.
-        bits, learn_scales: see `QatSettings`.
+        bits: of weights and activations, 2 to 8. Below 8 there is no export; the first and last
+            layers keep 8 then (LSQ, Section 3).
         score: for automatic float layers, see `quantize`.
 
     Raises:
-        UserError: see `quantize`; or all layers are to stay in float.
+        UserError: see `quantize`, or a setting is not for training.
     """
+    if not NARROWEST <= bits <= WIDEST:
+        raise UserError(f"`bits` {bits} is out of range; give {NARROWEST} to {WIDEST}.")
     settings = quantization or QuantizationSettings()
-    if settings.quantized is not INT8 or settings.adaptive_rounding or settings.fp16:
+    tuned = settings.adaptive_rounding or settings.reconstruct_minutes
+    if settings.quantized is not INT8 or tuned or settings.fp16:
         raise UserError(
-            "quantization-aware training starts from plain INT8; leave FP8, adaptive rounding and "
-            "fp16 out of the quantization's settings (`trained_graph` takes fp16)."
+            "quantization-aware training starts from plain INT8; leave FP8, adaptive rounding, "
+            "`reconstruct_minutes` and fp16 out of the quantization's settings (`trained_graph` "
+            "takes fp16)."
         )
     settings = dataclasses.replace(settings, bias_correction=False, reconstruct=False)
     # What training will not know is found out before a minute of calibration.
     GraphNetwork(graph.model, arch)
     result = quantize(graph, calib, settings, score=score)
     layers = result.placement.layers
-    if not layers:
-        raise UserError("all layers are to stay in float; name fewer in `float_layers`.")
     placement, model = result.placement, result.float_model
     if bits == WIDEST:
         scales = activation_scales(placement, result.table.amax)
@@ -105,7 +115,7 @@ def prepare_graph(
         scales, levels = _narrow(graph, result, calib, settings, bits, wide_tensors)
     made = GraphIndex(model)
     features = tuple(name for name in feature_tensors(graph.model) if made.producer(name))
-    given = Quantization(placement, scales, levels, weight_bits, learn_scales)
+    given = Quantization(placement, scales, levels, weight_bits)
     return Start(arch, result, given, features)
 
 

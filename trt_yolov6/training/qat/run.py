@@ -6,7 +6,8 @@ output/ settings.json, state.pt while it trains, log.jsonl, <model>.onnx, an eng
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trt_yolov6.backends import BACKENDS
@@ -17,6 +18,7 @@ from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.build import BuiltEngine, check_build
 from trt_yolov6.errors import UserError
 from trt_yolov6.pipeline import GraphOptions, build, export
+from trt_yolov6.quantization.implicit import implicit_ranges
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.runtime.sensitivity_report import LabelledAp
 from trt_yolov6.training.distributed import chosen_device
@@ -42,6 +44,8 @@ class QatRun:
     built: BuiltEngine
     float_graph: Path | None
     """The graph without Q/DQ nodes, which goes with a scales cache."""
+    ranges: Mapping[str, float]
+    """Range of each tensor of that graph, for the cache; empty without one."""
     state: Path
     """The state of the training; the run can be resumed as long as the file is there."""
 
@@ -100,7 +104,6 @@ def run(
         checkpoint.arch,
         calib,
         quantization=quantization,
-        learn_scales=settings.learn_scales,
         score=LabelledAp(graph, labelled) if labelled and is_auto else None,
     )
     _log.info("%s", _described(start, settings))
@@ -118,11 +121,15 @@ def run(
     built = build(quantized, backend="onnxruntime", output=onnx_file)
     if backend != "onnxruntime":
         built = build(quantized, backend=backend, output=plan)
-    without_pairs = Path(f"{stem}.float.onnx") if float_graph else None
-    if without_pairs:
-        write_bytes(without_pairs, rounded_graph(result.trained).SerializeToString())
+    without_pairs, ranges = None, dict[str, float]()
+    if float_graph:
+        without_pairs = Path(f"{stem}.float.onnx")
+        plain = replace(start.graph, model=rounded_graph(result.trained))
+        write_bytes(without_pairs, plain.model.SerializeToString())
+        table = replace(start.quantized.table, amax=result.trained.amax)
+        ranges = implicit_ranges(table, plain, calib, quantization)
     write_log(output, result.log)
-    return QatRun(start, result, aps, built, without_pairs, state)
+    return QatRun(start, result, aps, built, without_pairs, ranges, state)
 
 
 def _described(start: Start, settings: QatSettings) -> str:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
-
-from msgspec import Meta
+from typing import Any, Literal
 
 from trt_yolov6.common.ranges import Checked, Count, NotNegative, Positive, Share
-from trt_yolov6.quantization.fake_quantize import NARROWEST, WIDEST
 from trt_yolov6.training.augmentation import AugmentationSettings
 from trt_yolov6.training.data_validation import OnBadData
 
@@ -50,9 +47,6 @@ class QatSettings(Checked):
     """Mosaic and Mixup are off whatever it says, as in the last epochs of training (2.4.3)."""
     seed: int = 0
     precision: QatPrecision = "auto"
-    bits: Annotated[int, Meta(ge=NARROWEST, le=WIDEST)] = WIDEST
-    """Bit width of weights and activations. Below 8 there is no export; the first and last layers
-    keep 8 then (LSQ, Section 3)."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, ready for `json.dumps`."""

@@ -78,7 +78,7 @@ def train_quantized(
     """Train a calibrated network with its rounding in place.
 
     Args:
-        start: from `prepare`, with the same `bits` and `learn_scales`.
+        start: from `prepare_graph`.
         settings: what decides the result.
         device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one.
         state_file: written after each epoch, and gone on from where it is there.
@@ -92,7 +92,7 @@ def train_quantized(
     where = chosen_device(None if device is None else str(device))
     if data is None:
         data = load_data(settings, start.graph, where, progress=progress)
-    student = start.student(where).train()
+    student = start.student(where, learn_scales=settings.learn_scales).train()
     task = _task(start, settings, data, student, where)
     state = None if state_file is None else Path(state_file)
     done = _restored(state, task)
@@ -257,7 +257,7 @@ def _identity(start: Start, settings: QatSettings, data: TrainingSet) -> list[An
         dataclasses.asdict(table.key),
         table.variant,
         start.quantization.placement.float_layers,
-        start.quantization.learn_scales,
+        sorted(start.quantization.weight_bits.items()),
         (len(data), data.image_size),
     ]
 
