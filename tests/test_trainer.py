@@ -380,8 +380,11 @@ def test_a_folder_in_use_is_left_alone(data: Path, tiny: Path, tmp_path: Path) -
     with sole_writer(tmp_path), pytest.raises(UserError, match="another process is writing to"):
         train(settings, tmp_path, progress=False)
     train(settings, tmp_path, progress=False)
-    with pytest.raises(UserError, match="holds a training already"):
-        train(settings, tmp_path, progress=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "best.pt").write_bytes(b"another program's")
+    for folder in (tmp_path, tmp_path / "other"):
+        with pytest.raises(UserError, match="holds a training already"):
+            train(settings, folder, progress=False)
     slow = dataclasses.replace(settings.optimizer, momentum=0.5)
     other = dataclasses.replace(settings, optimizer=slow)
     with pytest.raises(UserError, match=r"another optimizer\.momentum"):

@@ -269,7 +269,6 @@ def _open_folder(
     folder: Path, settings: TrainSettings, processes: Processes, *, resume: bool
 ) -> dict[str, Any] | None:
     """Return the state of the run in the folder; None for a new run, or one without a state."""
-    stored = folder / SETTINGS_FILE
     if resume:
         kept = stored_settings(folder)
         differing = differences(kept, settings)
@@ -285,7 +284,7 @@ def _open_folder(
         if processes.is_first:
             sweep(folder)
         return state
-    if stored.exists() or (folder / LAST_FILE).exists():
+    if any((folder / name).exists() for name in (SETTINGS_FILE, LAST_FILE, BEST_FILE)):
         raise UserError(
             f"{folder} holds a training already; give another `output`, or `resume` to go on.",
         )
