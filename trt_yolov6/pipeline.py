@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
-from trt_yolov6.common.files import check_writable, sha256_file
+from trt_yolov6.common.files import check_writable
 from trt_yolov6.common.progress import a_line_a_minute
 from trt_yolov6.data.sources import check_source
 from trt_yolov6.engines.base import BuildSettings
@@ -287,7 +287,7 @@ def build(
         graph = _cleaned(graph, calibration)
     path = engine_path(graph, name, output, settings.target)
     if path.is_file():
-        _say_replaced(path, graph.source, chosen=output is not None)
+        _say_replaced(path, graph, chosen=output is not None)
     with a_line_a_minute(f"building {path}", progress=progress):
         return build_engine(
             graph,
@@ -596,7 +596,7 @@ def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
     return dataclasses.replace(graph, model=model)
 
 
-def _say_replaced(path: Path, source: Path, *, chosen: bool) -> None:
+def _say_replaced(path: Path, graph: Graph, *, chosen: bool) -> None:
     """Say what an engine that is replaced is, as far as its manifest tells.
 
     Of another source than the new one, whose name nobody has `chosen`, it is a warning: the
@@ -611,7 +611,7 @@ def _say_replaced(path: Path, source: Path, *, chosen: bool) -> None:
     if manifest is None:
         _log.info("replacing %s", path)
         return
-    is_other = manifest.source_sha256 != sha256_file(source)
+    is_other = manifest.source_sha256 != graph.source_sha256
     level = logging.WARNING if is_other and not chosen else logging.INFO
     another = "another " if is_other else ""
     _log.log(
