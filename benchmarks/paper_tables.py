@@ -91,7 +91,7 @@ def measure_cpu() -> list[dict[str, Any]]:
     for variant, own in rounds.items():
         found = summarize_rounds(own)
         if found.disturbed:
-            sys.exit("Table 20: other processes disturbed nearly all runs; measure it again later.")
+            sys.exit("Table 20: other processes disturbed too many runs; measure it again later.")
         rows.append(
             {
                 "variant": variant,

@@ -23,7 +23,7 @@ from support.tiny_detector import CELL, load_named
 import trt_yolov6
 from trt_yolov6 import Detector, Precision, UserError, read_image
 from trt_yolov6.cli import main as cli_main
-from trt_yolov6.spec import NmsSettings, PredictOptions
+from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 EXAMPLES = [
     example
@@ -202,6 +202,17 @@ def test_thresholds_are_those_given(detector: Detector) -> None:
         PredictOptions(workers=-1)
 
 
+def test_what_is_not_an_image_and_options_without_an_effect_are_refused(detector: Detector) -> None:
+    with pytest.raises(UserError, match="image 0 is None; check that it could be read"):
+        detector.predict(None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="`gpus` is for `annotate` and `evaluate`"):
+        detector.predict(image(0, 0, 0), PredictOptions(gpus=2))
+    with pytest.raises(
+        UserError, match=r"`batch` 1\.5 is out of range; give a whole number from 1"
+    ):
+        PredictOptions(batch=1.5)  # type: ignore[arg-type]
+
+
 def test_a_video_is_not_an_image(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`annotate` reads those"):
         detector.predict("rtsp://camera/stream")
@@ -231,6 +242,12 @@ def test_formats_and_frames_are_refused_before_the_work(detector: Detector, tmp_
         ({"precision": "fp32", "nms": NmsSettings()}, "`nms` is not for an ONNX file"),
         ({"uint8_input": True}, "`uint8_input` is not for an ONNX file"),
         ({"preprocess": {"color": "bgr"}}, r"no field color \(did you mean colour\?\)"),
+        ({"calibration": "calib"}, "`calibration` is for INT8 and FP8; give one of them as"),
+        (
+            {"precision": "fp16", "data": "cells"},
+            "`data` is for a precision such as int8:auto, not",
+        ),
+        ({"quantization": trt_yolov6.QuantizationSettings()}, "`quantization` is for INT8 and FP8"),
     ],
 )
 def test_python_callers_are_told_of_parameters(
@@ -247,6 +264,7 @@ def test_python_callers_are_told_of_parameters(
         ({"image_size": "320"}, "`image_size` is '320'; give an integer, or two (height, width)."),
         ({"image_size": 320.0}, "`image_size` is 320.0; give an integer, or two (height, width)."),
         ({"batch": "4"}, "`batch` is '4'; give an integer, or three (min, opt, max)."),
+        ({"batch": [4]}, "`batch` is [4]; give an integer, or three (min, opt, max)."),
         ({"batch": (1, 4)}, "`batch` is (1, 4); give an integer, or three (min, opt, max)."),
         ({"opset": True}, "`opset` is True; give an integer."),
         ({"nms": False}, "`nms` is False; give thresholds, such as NmsSettings(), or None."),
@@ -269,6 +287,8 @@ def test_each_verb_refuses_what_is_another_s(folder: Path) -> None:
     graph = folder / "yolov6n.onnx"
     with pytest.raises(UserError, match="export writes fp32 or fp16, not int8"):
         trt_yolov6.export(graph, precision="int8")
+    with pytest.raises(UserError, match="quantize makes int8 or fp8, not fp16"):
+        trt_yolov6.quantize(graph, folder / "calib", precision="fp16")
     with pytest.raises(UserError, match=r"`data` is for a precision such as int8:auto, not int8\."):
         trt_yolov6.quantize(graph, folder / "calib", data=folder / "cells")
     with pytest.raises(UserError, match=r"`data` is for a precision such as int8:auto, not fp16\."):
@@ -316,6 +336,10 @@ def test_a_checkpoint_brings_its_names_and_a_graph_its_size(folder: Path) -> Non
         trt_yolov6.build(graph, precision="fp16")
     with pytest.raises(TypeError, match="imagesize"):
         trt_yolov6.export(folder / "yolov6n.pt", imagesize=64)  # type: ignore[call-arg]
+    sizes = np.array([64, 4])
+    graph = trt_yolov6.export(folder / "yolov6n.pt", image_size=sizes[0], batch=sizes[1])
+    assert graph.image_size == (64, 64)
+    assert graph.batch == BatchProfile(4, 4, 4)
 
 
 def test_no_verb_writes_over_what_it_reads(folder: Path, tmp_path: Path) -> None:
@@ -346,6 +370,7 @@ def test_what_build_returns_is_a_path(folder: Path, tmp_path: Path) -> None:
         assert detector.class_names == ("RBC", "WBC", "Platelets")
         assert "detector.onnx" in repr(detector)
     assert trt_yolov6.inspect(built).path == built.path
+    assert trt_yolov6.export(built).image_size == built.manifest.image_size
     assert trt_yolov6.evaluate(built, folder / "cells", progress=False).images == 4
     timed = trt_yolov6.benchmark(built, duration=0.01, warm_up=0, progress=False)
     assert timed.engine == built.path

@@ -234,7 +234,7 @@ def test_disturbed_runs_are_left_out_or_marked(
     assert 0 < result.quiet_runs < result.all_runs
     assert result.to_json()["disturbed"] is result.disturbed
     text = format_report([result])
-    assert ("* other processes disturbed nearly all runs" in text) is result.disturbed
+    assert ("* other processes disturbed too many runs" in text) is result.disturbed
     assert ("were disturbed by other processes and left out" in text) is not result.disturbed
 
 

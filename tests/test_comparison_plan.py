@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from trt_yolov6.comparison.plan import ModelEntry, Plan, plan_of
+from trt_yolov6.comparison.plan import ModelEntry, Plan, plan_of, settings_of
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import Precision
 
@@ -41,6 +44,10 @@ rounds: 5
     assert (one.precisions, one.batches, one.backends) == (("int8",), (4,), ("onnxruntime",))
     changed = plan_of(one, precisions="fp16", batches=8, data="other")
     assert changed == Plan(one.models, ("fp16",), (8,), ("onnxruntime",), Path("other"))
+    given: dict[str, Any] = {"models": "n.pt", "batches": np.array([4, 8]), "rounds": np.int64(4)}
+    given["data"] = "samples"
+    plain = Plan((ModelEntry(Path("n.pt")),), batches=(4, 8), rounds=4)
+    assert json.dumps(settings_of(Plan(**given))) == json.dumps(settings_of(plain))
     for batches in (("1",), (1.5,), (True,), (None,)):
         with pytest.raises(UserError, match="batch sizes are whole numbers"):
             plan_of(one, batches=batches)

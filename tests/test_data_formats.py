@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -509,6 +510,12 @@ def test_voc_beside_the_images_is_read_and_difficult_objects_do_not_count(tmp_pa
     assert objects(dataset) == EXPECTED
     assert [entry["iscrowd"] for entry in dataset.annotations] == [0, 0, 1]
     file = tmp_path / "valid" / "b.xml"
+    whole = file.read_text()
+    sizes = "", f"<size><width>0</width><height>{HEIGHT}</height></size>"
+    for size in sizes:  # as some tools leave it
+        file.write_text(re.sub("<size>.*</size>", size, whole))
+        assert load_coco(tmp_path).images == dataset.images
+    file.write_text(whole)
     file.write_text(file.read_text().replace("<name>dog</name>", ""))
     with pytest.raises(
         UserError, match=r"b\.xml object 1 is of category None, which is not listed"

@@ -388,6 +388,18 @@ def test_what_suppresses_by_itself_needs_no_known_number_of_anchors(
     assert is_detector(graph) is (graph.outputs[0].name != "logits")
 
 
+def test_rows_of_five_are_corners_and_the_score_of_the_only_class() -> None:
+    graph = dataclasses.replace(facts(("concat_14.tmp_0", [1, 84, 5])), producer="PaddlePaddle")
+    assert recognize(graph, "x.onnx", "ppyoloe")[1] == "corner_rows"
+    assert LAYOUTS["corner_rows"].classes(graph.outputs) == 1
+    with pytest.raises(UserError, match="name one as `decoder`: ppyoloe"):
+        recognize(graph, "x.onnx")
+    outputs = {"concat_14.tmp_0": np.array([[[8, 16, 24, 40, 0.75], [0, 0, 8, 8, 0.01]]])}
+    (found,) = postprocess(outputs, "corner_rows", NMS, [fit((64, 64), (64, 64))])
+    assert found.xyxy.tolist() == [[8, 16, 24, 40]]
+    assert (found.confidence.tolist(), found.class_id.tolist()) == ([0.75], [0])
+
+
 def test_boxes_and_scores_by_class_come_in_either_order() -> None:
     outputs = ("scores_out", [1, 80, 8400]), ("boxes_out", [1, 8400, 4])
     named = facts(("boxes", [1, 8400, 4]), ("scores", [1, 80, 8400]))

@@ -52,6 +52,7 @@ def test_a_name_says_checkpoint_precision_and_what_is_not_usual(
         **{name: value for name, value in changes.items() if name not in described},
     )
     assert engine_stem(built, target) == stem
+    assert engine_stem(dataclasses.replace(built, source=Path("cells.pth")), target) == stem
     assert engine_path(built, "onnxruntime", None, target) == Path("engines", f"{stem}.onnx")
     assert engine_path(built, "onnxruntime", "x.onnx", target) == Path("x.onnx")
 
@@ -108,9 +109,13 @@ def test_what_is_shown_has_one_default_threshold(graph: Graph, tmp_path: Path) -
         inside = NmsSettings(confidence=0.5, iou=0.7, max_detections=100)
         engine.detector = dataclasses.replace(engine.detector, nms=inside)
         assert default_nms(engine) == engine.nms
+        assert resolve(engine, PredictOptions()) == (engine.nms, 0)
         inside = NmsSettings(confidence=0.1, iou=0.7)
         engine.detector = dataclasses.replace(engine.detector, nms=inside)
         assert default_nms(engine) == NmsSettings(confidence=0.4, iou=0.7)
+        inside = NmsSettings(confidence=0.001, iou=0.7)
+        engine.detector = dataclasses.replace(engine.detector, nms=inside)
+        assert resolve(engine, PredictOptions())[0] == NmsSettings(confidence=0.03, iou=0.7)
 
 
 def test_options_change_only_what_they_give() -> None:

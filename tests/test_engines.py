@@ -130,16 +130,29 @@ def test_a_graph_that_is_no_detector_is_refused(tmp_path: Path) -> None:
         graph_from_onnx(path)
 
 
+def test_the_kind_of_a_file_is_told_by_its_ending_in_any_case(
+    engine_file: Path, tmp_path: Path
+) -> None:
+    loud = tmp_path / "NET.ONNX"
+    loud.write_bytes(engine_file.read_bytes())
+    load_engine(loud).close()
+    for name in ("net.pth", "NET.PT"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(UserError, match=rf"{name} is a checkpoint, not an engine"):
+            load_engine(tmp_path / name)
+
+
 def test_a_provider_that_is_not_installed_is_refused(engine_file: Path) -> None:
     with pytest.raises(UserError, match="onnxruntime-gpu"):
         load_engine(engine_file, options=LoadOptions(provider="tensorrt"))
 
 
-def test_a_file_that_is_no_manifest_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "n.json").write_text('{"images": []}')
+@pytest.mark.parametrize("content", ['{"images": []}', "// not JSON", '{"engine": "n.onnx"}'])
+def test_a_file_that_is_no_manifest_is_never_replaced(tmp_path: Path, content: str) -> None:
+    (tmp_path / "n.json").write_text(content)
     assert write_manifest(tmp_path / "n.onnx", MANIFEST) == tmp_path / "n.onnx.json"
     assert read_manifest(tmp_path / "n.onnx") == MANIFEST
-    assert (tmp_path / "n.json").read_text() == '{"images": []}'
+    assert (tmp_path / "n.json").read_text() == content
 
 
 def test_where_the_manifest_cannot_go_there_is_no_plan_either(

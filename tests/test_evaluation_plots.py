@@ -65,3 +65,5 @@ def test_a_perfect_detector_is_on_the_diagonal_and_drawn(tmp_path: Path) -> None
             assert picture.format == "PNG"
             assert len(np.unique(np.asarray(picture.convert("L")))) > 10
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    no_formulas = (r"$\half$", "_background_", "a$b")
+    write_plots(tmp_path / "three", no_formulas, result.curves, result.confusion)

@@ -180,17 +180,23 @@ def write_video(path: Path, frames: int) -> None:
 
 
 def test_a_video_gives_a_video_and_the_boxes_of_each_frame(tmp_path: Path, engine: Engine) -> None:
-    source = tmp_path / "ride.avi"
+    source = tmp_path / "ride.v2.avi"
     write_video(source, 13)
     summary = infer_source(
-        engine, source, tmp_path / "out", PredictOptions(0.6, batch=4), progress=False
+        engine,
+        source,
+        tmp_path / "out",
+        PredictOptions(0.6, batch=4),
+        formats=("json", "yolo"),
+        progress=False,
     )
     assert summary.images == 13
-    assert [path.name for path in summary.outputs] == ["ride.mp4"]
+    assert [path.name for path in summary.outputs] == ["ride.v2.mp4"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "detections.json",
-        "ride.mp4",
+        *("detections.json", "labels", "ride.v2.mp4"),
     ]
+    labels = sorted(path.name for path in (tmp_path / "out" / "labels").iterdir())
+    assert labels == [f"ride.v2_{number:06d}.txt" for number in range(13)]
     frames = json.loads(summary.files[0].read_text())
     assert [frame["frame"] for frame in frames] == list(range(13))
     assert frames[10]["seconds"] == pytest.approx(1.0)
@@ -242,6 +248,21 @@ def test_a_picture_is_told_by_its_content(tmp_path: Path, engine: Engine) -> Non
     (tmp_path / "a.png").rename(tmp_path / "a.mp4")
     summary = infer_source(engine, tmp_path / "a.mp4", tmp_path / "out", SURE, progress=False)
     assert [path.name for path in summary.outputs] == ["a.mp4.jpg"]
+
+
+def test_a_video_s_relative_path_may_have_a_colon(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cam:1").mkdir()
+    write_video(tmp_path / "cam:1" / "ride.avi", 4)
+    monkeypatch.chdir(tmp_path)
+    assert infer_source(engine, "cam:1/ride.avi", "out:1", SURE, progress=False).images == 4
+
+
+def test_a_list_of_images_is_called_one(tmp_path: Path, engine: Engine) -> None:
+    (tmp_path / "list.txt").write_text("a.jpg\nb.jpg\n")
+    with pytest.raises(UserError, match=r"list\.txt is a text; give images, .*only Ray reads"):
+        infer_source(engine, tmp_path / "list.txt", tmp_path / "out", progress=False)
 
 
 def test_frames_are_of_videos(tmp_path: Path, engine: Engine) -> None:
@@ -414,6 +435,7 @@ def test_what_answers_in_another_protocol_is_named(tmp_path: Path, engine: Engin
         ("http://127.0.0.1:9/\udcff.jpg", "does not answer"),
         ("98", "the camera 98 cannot be opened"),
         ("none/*.jpg", r"none/\*\.jpg matches no file"),
+        ("", "an empty text is not the path of images"),
         ("file:///etc/passwd", "begins with file://, which is not supported"),
     ],
 )

@@ -68,6 +68,7 @@ def test_weights_beside_the_model_end_up_in_the_engine(
 def test_an_engine_without_a_manifest_reads_its_weights_from_its_folder(tmp_path: Path) -> None:
     with load_engine(external(tmp_path)) as engine:
         found = engine.infer(random_images(1)[0])
+        assert engine.layer_times(random_images(1)[0], runs=1)
     np.testing.assert_allclose(found["boxes"], run(detector(), random_images(1)[0])[0], atol=1e-5)
 
 

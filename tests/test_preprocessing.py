@@ -93,6 +93,9 @@ def test_changes_are_read_as_a_user_writes_them() -> None:
         parse_changes(["fit=stretch", "std=58.395,57.12,57.375", "mean=127.5"])
     )
     assert changed == Preprocessing("stretch", mean=(127.5,) * 3, std=(58.395, 57.12, 57.375))
+    std = np.array([58.395, 57.12, 57.375])
+    assert YOLOV6.with_changes({"fit": "stretch", "mean": 127.5, "std": std}) == changed
+    assert YOLOV6.with_changes({"mean": "127"}).mean == (127, 127, 127)
     assert str(changed) == "stretch, (RGB - 127.5) / 58.395,57.12,57.375"
     assert str(FAMILIES["yolox"].preprocessing) == "corner (linear), BGR"
 

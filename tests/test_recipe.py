@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trt_yolov6.errors import UserError
@@ -38,6 +39,12 @@ def test_the_paper_s_recipe_of_every_variant(variant: str) -> None:
 def test_short_trainings_have_fewer_plain_epochs() -> None:
     assert recipe_for("yolov6s", "data", epochs=20).plain_epochs == 5
     assert recipe_for("yolov6s", "data", epochs=1).plain_epochs == 0
+
+
+def test_numpy_s_numbers_are_written_as_python_s() -> None:
+    settings = recipe_for("yolov6s", "data", batch=np.int64(8), epochs=np.int64(20))
+    plain = recipe_for("yolov6s", "data", batch=8, epochs=20)
+    assert json.dumps(settings.to_json()) == json.dumps(plain.to_json())
 
 
 def test_a_teacher_brings_the_length_of_its_decay() -> None:

@@ -36,9 +36,10 @@ def test_it_detects_what_onnx_runtime_detects(root: Path, sample_engine: BuiltEn
 
 def test_candidates_are_the_scores_above_the_threshold(root: Path) -> None:
     checkpoint = load_checkpoint(root / "samples" / "yolov6n_bccd_authors.pt")
-    images = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
-    with TorchEngine(checkpoint.model, checkpoint.class_names, 96) as engine:
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
+    with TorchEngine(checkpoint.model, checkpoint.class_names, (64, 96)) as engine:
         outputs = engine.infer(images)
+        assert all(spec.fits(outputs[spec.name]) for spec in engine.outputs)
         threshold = float(np.quantile(outputs["scores"], 0.99))
         found = engine.start(images, NmsSettings(threshold)).wait()
         assert isinstance(found, Candidates)

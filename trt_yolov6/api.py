@@ -78,7 +78,7 @@ def evaluate(
         data: data set in COCO, YOLO or Pascal VOC layout: its folder or `data.yaml`.
         split: part of it. Default: the only one, else `val`, else `val2017`.
         options: thresholds, border, batch, GPUs. Default thresholds: confidence 0.03, IoU 0.65, 300
-            boxes, as the YOLOv6 paper.
+            boxes, as the YOLOv6 paper, or those of a graph that suppresses boxes itself.
         confusion: also count which class objects are taken for.
         progress: show a progress bar, if standard error is a terminal.
 
@@ -147,6 +147,8 @@ def benchmark(
     images, predict = how.pop("images", None), how.pop("predict", None)
     if images is None and predict is not None:
         raise UserError("`predict` is for timing with `images`; leave it out.")
+    if how.get("streams", 1) < 1:
+        raise UserError(f"`streams` {how['streams']} is out of range; give 1 or more.")
     if images is not None and how.pop("streams", 1) > 1:
         raise UserError("`streams` is for the engine alone; leave it out.")
     with contextlib.ExitStack() as stack:

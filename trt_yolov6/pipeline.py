@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
+from trt_yolov6.common.files import check_writable
 from trt_yolov6.common.progress import a_line_a_minute
 from trt_yolov6.data.sources import check_source
 from trt_yolov6.engines.base import BuildSettings
@@ -28,7 +30,7 @@ from trt_yolov6.engines.build import (
 )
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.spec import BatchProfile, NmsSettings, Precision
+from trt_yolov6.spec import BatchProfile, NmsSettings, Precision, is_whole, two_sides
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.runtime.sensitivity_report import LabelledAp
 
-Source: TypeAlias = "str | Path | Checkpoint | Graph"
+Source: TypeAlias = "str | os.PathLike[str] | Checkpoint | Graph"
 """Source of an engine: a checkpoint (`.pt`), any detector's ONNX file, or a graph."""
 
 _log = logging.getLogger(__name__)
@@ -177,11 +179,16 @@ def quantize(
     _check_paths(source, calibration)
     _check_options("quantize", options, QuantizeOptions)
     wanted = Precision.parse(precision)
+    if not wanted.quantizes:
+        raise UserError(f"quantize makes int8 or fp8, not {wanted}; give that to `export`.")
+    _check_given(calibration, wanted)
     settings = quantization_settings(wanted, settings)
     check_settings(settings)
     _check_labelled(wanted, options)
     data, table = options.get("data"), options.get("table")
     check_graph_output(source, output)
+    if table is not None:
+        check_writable(table)
     graph = _float_graph(source, None, options)
     progress = options.get("progress", True)
     with a_line_a_minute(f"quantizing {graph.name}", progress=progress):
@@ -244,8 +251,10 @@ def build(
     _check_paths(source, calibration)
     _check_options("build", options, BuildOptions)
     wanted = None if precision is None else Precision.parse(precision)
-    progress = options.get("progress", True)
     settings = settings or BuildSettings()
+    if settings.batch != BatchProfile():
+        options = {"batch": settings.batch, **options}
+    progress = options.get("progress", settings.progress)
     settings = dataclasses.replace(
         settings,
         target=options.get("target") or settings.target,
@@ -260,6 +269,8 @@ def build(
     if quantized is not None:
         _check_quantizing(quantized, calibration, name, settings, options)
     graph = _float_graph(source, None if quantized else wanted, options)
+    if quantized is None and settings.calibration is None:
+        _check_unused(graph, calibration, options)
     if BACKENDS[name].tensorrt:
         graph = _for_tensorrt(graph)
     for note in graph.notes:
@@ -345,8 +356,10 @@ def _float_graph(
     options: GraphOptions | QuantizeOptions | BuildOptions,
 ) -> Graph:
     """Return a source's graph in fp32 or fp16, or (None) its own precision."""
+    if isinstance(source, os.PathLike):
+        source = Path(source)
     image_size, batch = options.get("image_size"), options.get("batch")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = None if image_size is None else two_sides(image_size)
     profile = None if batch is None else BatchProfile.of(batch)
     fp16 = precision is not None and precision.base == "fp16"
     of_checkpoint = {name: options.get(name) for name in ("nms", "uint8_input", "opset")}
@@ -400,11 +413,11 @@ def _float_graph(
 
 
 _INTEGERS = {
-    "image_size": ((1, 2), "an integer, or two (height, width)"),
-    "batch": ((1, 3), "an integer, or three (min, opt, max)"),
-    "opset": ((1,), "an integer"),
+    "image_size": (2, "an integer, or two (height, width)"),
+    "batch": (3, "an integer, or three (min, opt, max)"),
+    "opset": (1, "an integer"),
 }
-"""Options that are integers: how many of them, and that in words."""
+"""Options that are one integer or this number of them, and that in words."""
 
 
 def _check_options(function: str, options: Mapping[str, Any], known: type[Any]) -> None:
@@ -415,9 +428,9 @@ def _check_options(function: str, options: Mapping[str, Any], known: type[Any]) 
             raise UserError(f"`nms` is {value!r}; give thresholds, such as NmsSettings(), or None.")
         if name not in _INTEGERS or value is None or isinstance(value, BatchProfile):
             continue
-        values = value if isinstance(value, (tuple, list)) else (value,)
-        counts, words = _INTEGERS[name]
-        if len(values) not in counts or not all(type(one) is int for one in values):
+        count, words = _INTEGERS[name]
+        values = value if isinstance(value, (tuple, list)) and count > 1 else (value,) * count
+        if len(values) != count or not all(is_whole(one) for one in values):
             raise UserError(f"`{name}` is {value!r}; give {words}.")
 
 
@@ -430,6 +443,18 @@ def _check_paths(source: object, calibration: object = None) -> None:
         raise UserError(
             f"`calibration` is {reprlib.repr(calibration)}; give the path of a folder of images."
         )
+
+
+def _check_unused(graph: Graph, calibration: str | Path | None, options: Mapping[str, Any]) -> None:
+    """Refuse what only quantizing reads, where nothing is quantized."""
+    unused: dict[str, Any] = {"quantization": options.get("quantization")}
+    if graph.precision in ("fp32", "fp16"):  # else a clean-up is verified on the images
+        unused["calibration"] = calibration
+    for name, value in unused.items():
+        if value is not None:
+            raise UserError(
+                f"`{name}` is for INT8 and FP8; give one of them as the precision, or leave it out."
+            )
 
 
 def _refuse(options: Mapping[str, Any], what: str) -> None:
@@ -472,15 +497,20 @@ def _check_quantizing(
     from trt_yolov6.engines.int8_probe import computes
     from trt_yolov6.quantization.settings import check_settings
 
-    if calibration is None:
-        raise UserError(
-            f"{precision} needs calibration images; name a folder of them as `calibration`.",
-        )
+    _check_given(calibration, precision)
+    assert calibration is not None
     how = quantization_settings(precision, options.get("quantization"))
     check_settings(how)
     calibration_images(calibration)
     if not options.get("allow_float") and not computes(backend, settings, how.quantized):
         raise all_in_float(precision.base, backend, settings.target or "this machine's GPU")
+
+
+def _check_given(calibration: object, precision: Precision) -> None:
+    if calibration is None:
+        raise UserError(
+            f"{precision} needs calibration images; name a folder of them as `calibration`.",
+        )
 
 
 def _for_tensorrt(graph: Graph) -> Graph:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -134,6 +136,17 @@ efficient_nms:   outputs with `num`, `box`, `score` and `class` in their names: 
 """
 
 
+def is_whole(value: object) -> bool:
+    """Return whether a value is a whole number, of Python or NumPy, and not True or False."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def two_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return height and width of a size that is one side, or both."""
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    return operator.index(height), operator.index(width)
+
+
 @dataclass(frozen=True)
 class BatchProfile:
     """The batch sizes an engine takes, and the one it is tuned for."""
@@ -165,7 +178,7 @@ class BatchProfile:
         return tuple(sorted(larger | {self.min, self.opt, self.max}))
 
     @classmethod
-    def of(cls, batch: int | tuple[int, int, int] | BatchProfile) -> BatchProfile:
+    def of(cls, batch: int | Sequence[int] | BatchProfile) -> BatchProfile:
         """Return a profile: of one batch size, of (min, opt, max), or the one given.
 
         Example:
@@ -174,7 +187,8 @@ class BatchProfile:
         """
         if isinstance(batch, BatchProfile):
             return batch
-        return cls(batch, batch, batch) if isinstance(batch, int) else cls(*batch)
+        sizes = batch if isinstance(batch, Sequence) else (batch,) * 3
+        return cls(*map(operator.index, sizes))
 
     @property
     def is_static(self) -> bool:
@@ -191,13 +205,16 @@ class NmsSettings:
     max_detections: int = 300
 
     def __post_init__(self) -> None:
+        for name in ("confidence", "iou", "max_detections"):
+            if hasattr(value := getattr(self, name), "item"):  # of NumPy, which JSON does not take
+                object.__setattr__(self, name, value.item())
         if not 0 <= self.confidence < 1:
             raise UserError(
                 f"`confidence` {self.confidence} is out of range; give 0 to less than 1."
             )
         if not 0 < self.iou <= 1:
             raise UserError(f"IoU threshold {self.iou} is out of range; give `iou` in 0..1.")
-        if self.max_detections < 1:
+        if not is_whole(self.max_detections) or self.max_detections < 1:
             raise UserError(
                 f"`max_detections` {self.max_detections} is out of range; give 1 or more."
             )
@@ -238,12 +255,12 @@ class PredictOptions:
 
     def __post_init__(self) -> None:
         self.nms()
-        if self.gpus < 1:
-            raise UserError(f"`gpus` {self.gpus} is out of range; give 1 or more.")
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"`workers` {self.workers} is out of range; give 1 or more.")
-        if self.border is not None and self.border < 0:
-            raise UserError(f"`border` {self.border} is negative; give 0 or more pixels.")
+        for name, least in (("gpus", 1), ("workers", 1), ("batch", 1), ("border", 0)):
+            value = getattr(self, name)
+            if value is not None and not (is_whole(value) and value >= least):
+                raise UserError(
+                    f"`{name}` {value!r} is out of range; give a whole number from {least}."
+                )
 
     def nms(self, default: NmsSettings | None = None) -> NmsSettings:
         """Return the thresholds; those that are None come from `default`, else `NmsSettings()`."""

@@ -49,7 +49,7 @@ def format_report(results: Sequence[BenchmarkResult]) -> str:
             lines.append(f"  of these, medians in ms: {stages}")
     if any(result.disturbed for result in results):
         lines.append(
-            "* other processes disturbed nearly all runs: this is not the engine's speed; measure "
+            "* other processes disturbed too many runs: this is not the engine's speed; measure "
             "again on a quiet machine"
         )
     lines += [f"{result.engine.name}: {_how_measured(result)}" for result in results]

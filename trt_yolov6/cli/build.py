@@ -242,7 +242,12 @@ def _quantization(options: argparse.Namespace) -> QuantizationSettings:
 
 def _calibration(options: argparse.Namespace, *, needed: bool) -> Path | None:
     """Return the calibration images; a clean-up of Q/DQ nodes is verified on them too."""
+    from trt_yolov6.common.files import read_bytes
+    from trt_yolov6.graph.reference import is_quantized
+
     if needed or options.tensorrt_calibrator:
         return calibration_folder(options.calibration)
     given: Path | None = options.calibration
-    return given or (common.SAMPLE_CALIB if common.SAMPLE_CALIB.is_dir() else None)
+    if given is None and options.onnx and options.onnx.is_file() and common.SAMPLE_CALIB.is_dir():
+        return common.SAMPLE_CALIB if is_quantized(read_bytes(options.onnx)) else None
+    return given

@@ -130,6 +130,11 @@ def in_utf8(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether a name that `in_utf8` gave is in UTF-8, without a byte as a surrogate."""
+    return text.encode(errors="ignore").decode() == text
+
+
 def native_name(name: str) -> str:
     """Return a name that `file_name` gave as this process spells it in paths."""
     return os.fsdecode(name.encode("utf-8", "surrogateescape"))

@@ -43,9 +43,11 @@ class Checked:
         cls: Any = type(self)
         for name, kind in _annotations(cls).items():
             value = getattr(self, name)
+            if hasattr(value, "item"):  # NumPy's numbers are numbers as well, except for JSON
+                value = value.item()
+                object.__setattr__(self, name, value)
             if not dataclasses.is_dataclass(value):  # such a one checks itself
-                # NumPy's numbers are numbers as well.
-                fitting(value.item() if hasattr(value, "item") else value, kind, f"`{name}`")
+                fitting(value, kind, f"`{name}`")
 
 
 def fitting(value: Any, kind: Any, subject: str, *, strict: bool = True) -> Any:

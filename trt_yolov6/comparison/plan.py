@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -38,7 +38,7 @@ from typing import Any, get_origin, get_type_hints
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
 from trt_yolov6.common.records import as_record, check_keys, read_yaml
 from trt_yolov6.errors import UserError
-from trt_yolov6.spec import NmsSettings, Precision, PredictOptions
+from trt_yolov6.spec import NmsSettings, Precision, PredictOptions, is_whole, two_sides
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -64,6 +64,9 @@ class ModelEntry:
     preprocess: tuple[str, ...] = ()
     """Changes to the family's pre-processing, each FIELD=VALUE of `Preprocessing`."""
 
+    def __post_init__(self) -> None:
+        _change(self, path=Path(self.path), imgsz=self.imgsz and two_sides(self.imgsz))
+
     @property
     def label(self) -> str:
         """The name, or the file's."""
@@ -72,7 +75,10 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Models, precisions and data to compare, and how to measure."""
+    """Models, precisions and data to compare, and how to measure.
+
+    Paths may be given as strings, a single item instead of several, and models by their paths.
+    """
 
     models: tuple[ModelEntry, ...]
     precisions: tuple[str, ...] = ("fp32",)
@@ -105,6 +111,19 @@ class Plan:
     """Images whose detections are kept for the report."""
 
     def __post_init__(self) -> None:
+        # NumPy's numbers are numbers as well, except for JSON.
+        numbers = {key: one for key, one in vars(self).items() if getattr(one, "shape", None) == ()}
+        _change(self, **{key: one.item() for key, one in numbers.items()})
+        models, batches = _several(self.models), _several(self.batches)
+        _change(
+            self,
+            models=tuple(one if isinstance(one, ModelEntry) else ModelEntry(one) for one in models),
+            batches=tuple(int(one) if is_whole(one) else one for one in batches),
+            precisions=_several(self.precisions),
+            backends=_several(self.backends),
+            data=Path(self.data),
+            calib=Path(self.calib),
+        )
         if not self.models:
             raise UserError("there is nothing to compare; name checkpoints, ONNX files or engines.")
         for text in (*self.precisions, *(p for model in self.models for p in model.precisions)):
@@ -143,6 +162,18 @@ class Plan:
         )
 
 
+def _several(value: Any) -> tuple[Any, ...]:
+    """Return several values as a tuple, or one as a tuple of one."""
+    is_one = isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable)
+    return (value,) if is_one else tuple(value)
+
+
+def _change(record: ModelEntry | Plan, **fields: Any) -> None:
+    """Set fields of a frozen record that is being made."""
+    for name, value in fields.items():
+        object.__setattr__(record, name, value)
+
+
 def plan_of(
     models: Plan | str | os.PathLike[str] | Sequence[str | os.PathLike[str]], **changes: Any
 ) -> Plan:
@@ -157,10 +188,6 @@ def plan_of(
         UserError: a model is of a kind that cannot be compared, or the plan's file is missing, is
             not YAML, or has a key or value that means nothing here.
     """
-    changes |= {name: Path(changes[name]) for name in ("data", "calib") if name in changes}
-    for name in {"precisions", "batches", "backends"} & changes.keys():
-        if isinstance(changes[name], (str, int)):
-            changes[name] = (changes[name],)  # as in a file
     if isinstance(models, Plan):
         return dataclasses.replace(models, **changes)
     named = [models] if isinstance(models, (str, os.PathLike)) else models

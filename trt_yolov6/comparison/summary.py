@@ -40,7 +40,7 @@ def format_results(results: Mapping[str, Any]) -> str:
         *aligned(rows),
     ]
     if any(timing["disturbed"] for timing in results["timings"]):
-        lines.append("* other processes disturbed nearly all runs; the interval allows for that")
+        lines.append("* other processes disturbed too many runs; the interval allows for that")
     lines += sorted({f"note: {one['note']}" for one in results["engines"] if one["note"]})
     lines += [f"left out: {text}" for text in results["left_out"]]
     devices = dict.fromkeys(

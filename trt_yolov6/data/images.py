@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.common.files import in_utf8, read_bytes, sha256_bytes
+from trt_yolov6.common.files import in_utf8, is_utf8, read_bytes, sha256_bytes
 from trt_yolov6.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -144,6 +144,14 @@ def upright_size(path: Path) -> tuple[int, int]:
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} is damaged or not an image; replace or remove it.") from error
     return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def size_or_zero(path: Path) -> tuple[int, int]:
+    """Return `upright_size`; 0, 0 for what cannot be read, which its reader will name."""
+    try:
+        return upright_size(path)
+    except UserError:
+        return 0, 0
 
 
 def exif_orientation(tiff: bytes) -> int:
@@ -288,16 +296,14 @@ def _is_cut_short(data: bytes) -> bool:
 def opencv_path(path: str | Path) -> str:
     """Return a path as OpenCV takes it, which crashes over a name that is not UTF-8.
 
+    It is absolute: FFmpeg takes a relative one with a colon for the address of a stream.
+
     Raises:
         UserError: it is such a name.
     """
-    text = in_utf8(str(path))
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{path} is not a name in UTF-8, which OpenCV needs for videos; rename it."
-        ) from error
+    text = in_utf8(str(Path(path).absolute()))
+    if not is_utf8(text):
+        raise UserError(f"{path} is not a name in UTF-8, which OpenCV needs for videos; rename it.")
     return text
 
 

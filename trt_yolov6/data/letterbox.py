@@ -215,7 +215,9 @@ def resolve_border(
                 f"{height}x{width}; give `border` between 0 and {(min(image_size) - 1) // 2}.",
             )
         return border
-    if isinstance(resize, int):
+    if isinstance(resize, Sequence) and len(resize) != 2:
+        raise UserError(f"`resize` is {resize!r}; give a side, or (height, width).")
+    if not isinstance(resize, Sequence):
         # The side of a square target; on other inputs, the longer side.
         shrink = max(image_size) - resize
         resize = height - shrink, width - shrink

@@ -112,6 +112,9 @@ def find_media(source: str | Path) -> Pictures | Video:
         UserError: nothing is there, an address does not answer, or it is neither image nor video.
     """
     text = str(source)
+    if not text or not isinstance(source, (str, os.PathLike, int)):
+        what = "an empty text" if not text else f"a {type(source).__name__}"
+        raise UserError(f"{what} is not the path of images or of a video; give one.")
     if is_address(text):
         return _from_address(text)
     path = Path(text)
@@ -132,6 +135,10 @@ def find_media(source: str | Path) -> Pictures | Video:
 def _from_file(path: Path) -> Pictures | Video:
     if _is_video(path):
         return Video(str(path), path.stem, is_live=False)
+    if path.suffix.lower() == ".txt" and not _is_picture(read_bytes(path)):
+        raise UserError(
+            f"{path} is a text; give images, a folder or a glob (only Ray reads lists of images)."
+        )
     return Pictures((Picture(path.name, str(path), path),), is_single=True)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -53,7 +53,13 @@ class Preprocessing:
                     f"{', '.join(get_args(allowed))}.",
                 )
         for name in ("mean", "std"):
-            values = getattr(self, name)
+            given: Any = getattr(self, name)
+            is_one = isinstance(given, str) or not isinstance(given, Iterable)
+            try:
+                values = tuple(map(float, (given,) * 3 if is_one else given))
+            except (TypeError, ValueError):
+                values = ()
+            object.__setattr__(self, name, values)
             if len(values) != 3 or not all(map(math.isfinite, values)):
                 raise UserError(
                     f"`preprocess` {name} needs one number or three, of red, green and blue in "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from trt_yolov6.common.files import read_bytes
-from trt_yolov6.data.annotations import flag, number
-from trt_yolov6.data.images import IMAGE_SUFFIXES
+from trt_yolov6.data.annotations import find_image, flag, number
+from trt_yolov6.data.images import IMAGE_SUFFIXES, size_or_zero
 from trt_yolov6.data.sources import Source
 from trt_yolov6.errors import UserError
 
@@ -58,8 +59,8 @@ def read_voc(root: Path, split: str) -> Source:
     """Read a split as the content of a COCO file.
 
     Boxes are made of pixels xmin to xmax, both within and counted from 1, as the VOC development
-    kit defines them. `difficult` objects become `iscrowd`: neither finding nor missing one counts.
-    Classes are sorted by name.
+    kit defines them. A size that is missing or 0 is read from the image. `difficult` objects become
+    `iscrowd`: neither finding nor missing one counts. Classes are sorted by name.
 
     Raises:
         UserError: a file of the split is missing or is not such XML.
@@ -70,11 +71,14 @@ def read_voc(root: Path, split: str) -> Source:
     found = {item["name"] for record in parsed.values() for item in record["objects"]}
     names = sorted(found - {""})
     places = {name: place for place, name in enumerate(names, start=1)}
+    first = splits[split][0].parent
+    likely = (root / "JPEGImages", root / "images") if first.name == "Annotations" else (first,)
+    folders = (*(folder for folder in likely if folder.is_dir()), root)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index, path in enumerate(splits[split], start=1):
         record = parsed[path]
-        images.append({"id": index, **record["image"]})
+        images.append({"id": index, **record["image"], **_size(record["image"], folders)})
         annotations += [
             {
                 "image_id": index,
@@ -85,8 +89,6 @@ def read_voc(root: Path, split: str) -> Source:
             }
             for place, item in enumerate(record["objects"], start=1)
         ]
-    first = splits[split][0].parent
-    folders = (root / "JPEGImages", root / "images") if first.name == "Annotations" else (first,)
     return Source(
         file=first,
         split=split,
@@ -95,7 +97,17 @@ def read_voc(root: Path, split: str) -> Source:
             "annotations": annotations,
             "categories": [{"id": place, "name": name} for name, place in places.items()],
         },
-        folders=(*(folder for folder in folders if folder.is_dir()), root),
+        folders=folders,
+    )
+
+
+def _size(image: dict[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the width and height of an image, from its file where some tool has left them 0."""
+    if all(image[side] not in (0, "") for side in ("width", "height")):
+        return {}
+    file = find_image(image["file_name"], folders)
+    return dict(
+        zip(("width", "height"), (0, 0) if file is None else size_or_zero(file), strict=True)
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from trt_yolov6.common.records import read_yaml
 from trt_yolov6.common.text import counted
 from trt_yolov6.data.annotations import whole
-from trt_yolov6.data.images import images_below, upright_size
+from trt_yolov6.data.images import images_below, size_or_zero
 from trt_yolov6.data.sources import Source
 from trt_yolov6.errors import UserError
 
@@ -105,11 +105,11 @@ def read_yolo(file: Path, content: DataYaml, split: str) -> Source:
             f"{label_path(paths[0])}."
         )
     with ThreadPoolExecutor() as pool:
-        sizes = list(pool.map(_size_or_none, paths))
+        sizes = list(pool.map(size_or_zero, paths))
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, (path, size) in enumerate(zip(paths, sizes, strict=True), start=1):
-        width, height = size or (0, 0)
+        width, height = size
         images.append({"id": number, "file_name": str(path), "width": width, "height": height})
         if path in labels_of:
             for entry in _objects(labels_of[path], width, height, has_keypoints):
@@ -281,11 +281,3 @@ def _read_yaml(file: Path) -> DataYaml:
     if not isinstance(content, dict):
         raise UserError(f"{file} does not hold keys such as train, val and names; correct it.")
     return {key: value for key, value in content.items() if value not in _NULL}
-
-
-def _size_or_none(path: Path) -> tuple[int, int] | None:
-    """Return width and height; None for what cannot be read, which its reader will name."""
-    try:
-        return upright_size(path)
-    except UserError:
-        return None

@@ -239,6 +239,8 @@ def _layouts_of_one(spec: TensorSpec, facts: GraphFacts) -> list[OutputLayout]:
         both, rows_fit, columns_fit = False, first_known, last_known
     if (rows_fit or both) and (last is None or last >= 6):
         found += rows
+    elif (rows_fit or both) and last == 5 and _PADDLE in facts.producer:
+        found.append("corner_rows")  # of one class
     if (columns_fit or both) and first is not None and first >= 5:
         found.append("columns")
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trt_yolov6.backends import BACKENDS
+from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
@@ -104,7 +105,7 @@ def runs_here(path: Path) -> bool:
     """Return True where an engine file's backend runs on this machine; the file is not loaded."""
     manifest = read_manifest(path)
     if manifest is None:
-        return path.suffix == ".onnx"
+        return path.suffix.lower() == ".onnx"
     return backend(manifest.backend).availability().can_run
 
 
@@ -125,7 +126,7 @@ def load_engine(
     """
     path = Path(path)
     _check_exists(path)
-    if path.suffix == ".pt":
+    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
         raise UserError(
             f"{path} is a checkpoint, not an engine; build one with `trt-yolov6 build --weights "
             f"{path}`."
@@ -164,7 +165,7 @@ def _check_exists(path: Path) -> None:
 
 
 def _backend_for(path: Path) -> str:
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         return "onnxruntime"
     for name, row in BACKENDS.items():
         if row.tensorrt and backend(name).availability().can_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import onnx
 
 from trt_yolov6.backends import BACKENDS
+from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
 from trt_yolov6.common.files import (
     check_folder,
     check_writable,
@@ -76,7 +78,7 @@ def engine_stem(graph: Graph, target: str | None = None) -> str:
         for item in runtime_inputs(graph.model)
     ):
         parts.append("uint8")
-    if graph.source.suffix == ".pt" and graph.output_layout == "end2end":
+    if graph.source.suffix in CHECKPOINT_SUFFIXES and graph.output_layout == "end2end":
         parts.append("end2end")
     if target is not None:
         parts.append(target)
@@ -164,7 +166,7 @@ def build_engine(
 
 def check_not_source(source: object, output: str | Path | None) -> None:
     """Raise UserError where the file to write is the file that it is made of."""
-    if output is None or not isinstance(source, (str, Path)):
+    if output is None or not isinstance(source, (str, os.PathLike)):
         return
     if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
         raise UserError(f"`output` {output} is the source itself; give another file.")

@@ -170,11 +170,12 @@ def read_manifest(engine_path: str | Path) -> Manifest | None:
     """
     _settle(engine_path)
     name = file_name(engine_path)
-    for path in manifest_paths(engine_path):
-        if path.is_file():
-            value = read_json(path)
-            if isinstance(value, dict) and value.get("engine") == name:
-                return _from_json(path, value)
+    there = [path for path in manifest_paths(engine_path) if path.is_file()]
+    # One that is whole comes first: `x.json` may be a file of another kind.
+    for path in sorted(there, key=lambda path: manifest_owner(path) != name):
+        value = read_json(path)
+        if isinstance(value, dict) and value.get("engine") == name:
+            return _from_json(path, value)
     return read_manifest(Path(engine_path).resolve()) if Path(engine_path).is_symlink() else None
 
 

@@ -45,4 +45,6 @@ def detector_of(
                 "out, or build it again with it.",
             )
         detector = manifest.detector
-    return replace(detector, preprocessing=detector.preprocessing.with_changes(options.preprocess))
+    return replace(
+        detector, preprocessing=detector.preprocessing.with_changes(options.preprocess or {})
+    )

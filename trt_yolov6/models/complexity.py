@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trt_yolov6.models.network import YOLOv6
+from trt_yolov6.spec import two_sides
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -27,7 +28,7 @@ def count_flops(model: YOLOv6, image_size: int | tuple[int, int]) -> int:
 
     Nothing is computed here: the network runs on PyTorch's "meta" device.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = two_sides(image_size)
     total = 0
 
     def count(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:

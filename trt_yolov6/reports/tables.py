@@ -72,7 +72,7 @@ class Row:
         return Interval(1e3 * batch / latency.value, 1e3 * batch / latency.high, high)
 
     def disturbed(self, batch: int) -> bool:
-        """Return whether other processes disturbed nearly all runs."""
+        """Return whether other processes disturbed too many runs."""
         return bool(self.timings.get(batch, {}).get("disturbed"))
 
 

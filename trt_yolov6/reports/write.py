@@ -105,7 +105,7 @@ def markdown_of(material: Material, title: str = "") -> str:
     notes += [text for one in material.comparisons for text in one.value["left_out"]]
     parts += [_plain(note) for note in notes]
     if any(row.disturbed(batch) for row in rows for batch in row.timings):
-        parts.append("\\* Other processes disturbed nearly all runs.")
+        parts.append("\\* Other processes disturbed too many runs.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -201,7 +201,8 @@ def _infer_pictures(
         ):
             for drawn in step.result:
                 outputs.append(drawn.path)
-                files.add(drawn.record, drawn.detections)
+                stem = str(Path(drawn.record["file"]).with_suffix(""))
+                files.add(drawn.record, stem, drawn.detections)
             warnings += step.notes
             failures.extend((item.where, str(error)) for item, error in step.batch.failures)
             seconds += step.inference_seconds
@@ -233,8 +234,10 @@ def _infer_video(
             height, width = frame.image.shape[:2]
             drawn = draw_detections(frame.image, detections, engine.class_names)
             writer.add(drawn, frame.seconds)
-            record = {"file": name, "frame": files.images, "seconds": round(frame.seconds, 3)}
-            files.add({**record, "width": width, "height": height}, detections)
+            number = files.images
+            record = {"file": name, "frame": number, "seconds": round(frame.seconds, 3)}
+            record |= {"width": width, "height": height}
+            files.add(record, f"{video.name}_{number:06d}", detections)
 
     with (
         contextlib.closing(clip),

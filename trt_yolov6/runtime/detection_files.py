@@ -52,12 +52,13 @@ class DetectionFiles:
         """The files, and the folder of YOLO's text files."""
         return tuple(self._folder / _NAMES[form] for form in self._formats)
 
-    def add(self, record: dict[str, Any], detections: Detections) -> None:
+    def add(self, record: dict[str, Any], stem: str, detections: Detections) -> None:
         """Append an image or a frame.
 
         Args:
             record: `file`, `width` and `height` in pixels; of a frame also `frame`, from 0, and
                 `seconds`.
+            stem: path of its file of YOLO's, below their folder, without the ending.
             detections: what was found in it.
         """
         found = described(detections, self._class_names)
@@ -78,7 +79,8 @@ class DetectionFiles:
             # A name that is not UTF-8 is written as it is.
             self._file("csv").write(lines.getvalue().encode(errors="surrogateescape"))
         if "yolo" in self._formats:
-            write_bytes(self._label_path(record), _yolo_lines(record, detections).encode())
+            path = self._folder / _NAMES["yolo"] / f"{stem}.txt"
+            write_bytes(path, _yolo_lines(record, detections).encode())
         self.images += 1
         self.objects += len(detections)
 
@@ -88,12 +90,6 @@ class DetectionFiles:
             self._open["json"].write(b"\n]\n")
         for file in self._open.values():
             file.close()
-
-    def _label_path(self, record: dict[str, Any]) -> Path:
-        name = Path(record["file"])
-        if "frame" in record:
-            name = name.with_name(f"{name.stem}_{record['frame']:06d}")
-        return (self._folder / _NAMES["yolo"] / name).with_suffix(".txt")
 
     def _file(self, kind: Literal["json", "csv"]) -> BinaryIO:
         # Opened late: where nothing was readable, not even the folder is made.

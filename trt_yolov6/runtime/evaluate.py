@@ -29,7 +29,7 @@ from trt_yolov6.errors import ClassesDifferError
 from trt_yolov6.runtime.evaluation_plots import Confusion
 from trt_yolov6.runtime.predict import Processed, process
 from trt_yolov6.runtime.several_gpus import check_gpus, process_on_gpus
-from trt_yolov6.spec import EnginePrecision, PredictOptions
+from trt_yolov6.spec import EnginePrecision, NmsSettings, PredictOptions
 
 
 @dataclass(frozen=True)
@@ -308,6 +308,8 @@ class _Tally:
         self.truth = _truth(engine.name, engine.class_names, dataset)
         self.start = self.engine_done = time.perf_counter()
         self._notes = dict.fromkeys(self.truth.notes)
+        if engine.nms not in (None, NmsSettings()):
+            self._notes[f"{engine.name} suppresses boxes itself: {_listed(engine.nms)}"] = None
         self._seconds = dict.fromkeys(
             ("read", "preprocess", "inference", "postprocess", "coco"), 0.0
         )
@@ -364,6 +366,10 @@ class _Tally:
             curves=curves,
             confusion=None if self._confusion is None else self._confusion.counts,
         )
+
+
+def _listed(nms: NmsSettings) -> str:
+    return f"confidence {nms.confidence:g}, IoU {nms.iou:g}, at most {nms.max_detections} an image"
 
 
 def _in_classes_of(dataset: CocoDataset, truth: _Truth, found: Detections) -> Detections:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,11 @@ def write_plots(
         UserError: one cannot be written.
         MissingDependencyError: matplotlib is not installed.
     """
+    # Between dollars matplotlib reads a formula, and it leaves out labels that begin with _.
+    names = [re.sub("^_", " _", name.replace("$", r"\$")) for name in class_names]
     curves, matrix = Path(folder) / "pr-curves.png", Path(folder) / "confusion.png"
-    save_figure(curves, _curves(class_names, precision))
-    save_figure(matrix, _matrix(class_names, confusion))
+    save_figure(curves, _curves(names, precision))
+    save_figure(matrix, _matrix(names, confusion))
     return curves, matrix
 
 

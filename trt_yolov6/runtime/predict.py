@@ -102,6 +102,8 @@ def detect(
     """
     items = _items(images)
     options = options or PredictOptions()
+    if options.gpus > 1:
+        raise UserError("`gpus` is for `annotate` and `evaluate`; leave it out.")
     default = default_nms(engine)
     if len(items) <= choose_batch(engine, options.batch) and engine.batch.min <= len(items):
         found = _detect_at_once(engine, items, options, options.nms(default))
@@ -135,6 +137,9 @@ class _Item:
     """The same, but a JPEG may be left encoded."""
 
 
+_BYTES = (bytes, bytearray, memoryview)
+
+
 def _items(images: Images) -> list[_Item]:
     """Return one item an image, in order."""
     if isinstance(images, (str, Path)):
@@ -146,7 +151,8 @@ def _items(images: Images) -> list[_Item]:
         return [_Item(picture.path, picture.read, picture.open) for picture in media.items]
     several: Any = images
     is_array = hasattr(images, "__array__") or hasattr(images, "__array_interface__")
-    if isinstance(several, bytes) or (is_array and np.ndim(several) in (2, 3)):
+    is_one = not isinstance(several, Iterable) or isinstance(several, _BYTES)
+    if is_one or (is_array and np.ndim(several) in (2, 3)):
         several = [several]  # one array or tensor, or a PIL image
     found: list[_Item] = []
     for image in several:
@@ -168,8 +174,10 @@ def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
             f"image {index} is to be turned by its EXIF orientation, as files are; give "
             "`PIL.ImageOps.exif_transpose(image)`."
         )
-    if isinstance(image, bytes):
+    if isinstance(image, _BYTES):
         raise UserError(f"image {index} is bytes; give what `read_image` makes of them.")
+    if image is None:  # as OpenCV's imread has it of a file that is missing or damaged
+        raise UserError(f"image {index} is None; check that it could be read.")
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise UserError(
@@ -188,8 +196,6 @@ def _detect_at_once(
     """
     check_thresholds(engine, nms)
     border = resolve_border(options.resize, options.border, engine.image_size)
-    if not items:
-        return []
     run: Run
     if engine.is_checked and engine.takes_images():
         images, buffers = decoded_on_gpu(engine, [item.open() for item in items])
@@ -270,7 +276,7 @@ def process(
         open_item: reads an item but may leave a JPEG encoded, see `data.jpeg.open_image`; default:
             `read`.
         finish: makes a result of a batch and its detections; called in one other thread, in order.
-        options: thresholds and more; default thresholds: `NmsSettings()`, as for evaluation.
+        options: thresholds and more; default thresholds: those of evaluation, see `resolve`.
         keep_images, skip_unreadable: as in `load_batches`.
         in_memory: `read` hands out what lies in memory already. On an engine that takes images, all
             is then done in the calling thread, `finish` too: others would have nothing to wait for.
@@ -524,11 +530,13 @@ def _prepared_here(
 def resolve(engine: Engine, options: PredictOptions) -> tuple[NmsSettings, int]:
     """Return the thresholds and the gray border in pixels that options mean for an engine.
 
+    Thresholds that they leave open are those of evaluation, see `measured_nms`.
+
     Raises:
         UserError: the engine has decided otherwise (see `check_thresholds`), or its input does not
             fit them (see `letterbox.resolve_border`).
     """
-    nms = options.nms()
+    nms = options.nms(measured_nms(engine.nms))
     check_thresholds(engine, nms)
     return nms, resolve_border(options.resize, options.border, engine.image_size)
 
@@ -538,11 +546,20 @@ def default_nms(engine: Engine) -> NmsSettings:
     return shown_nms(engine.nms)
 
 
-@functools.lru_cache(maxsize=64)
 def shown_nms(inside: NmsSettings | None) -> NmsSettings:
     """Return the thresholds of what is shown; `inside` are those of a graph that has some."""
+    return _from(SHOWN_CONFIDENCE, inside)
+
+
+def measured_nms(inside: NmsSettings | None) -> NmsSettings:
+    """Return the thresholds of evaluation and timing; `inside` as for `shown_nms`."""
+    return _from(NmsSettings.confidence, inside)
+
+
+@functools.lru_cache(maxsize=64)
+def _from(confidence: float, inside: NmsSettings | None) -> NmsSettings:
     inside = inside or NmsSettings()
-    return dataclasses.replace(inside, confidence=max(SHOWN_CONFIDENCE, inside.confidence))
+    return dataclasses.replace(inside, confidence=max(confidence, inside.confidence))
 
 
 def choose_batch(engine: Engine, batch: int | None) -> int:

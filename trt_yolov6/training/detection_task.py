@@ -17,6 +17,7 @@ from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.common.text import counted
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.data.images import same_files
+from trt_yolov6.data.sources import check_source
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import BN_MOMENTUM
 from trt_yolov6.models.fusion import fuse
@@ -71,6 +72,9 @@ def detection_task(
         UserError: bad settings, data or checkpoint, or a device that cannot do what is asked.
     """
     _check_device(settings, processes)
+    for name in ("train_split", "val_split"):
+        if (split := getattr(settings, name)) is not None:
+            check_source(settings.data, split, name)
     validation = (
         None if settings.val_split is None else load_coco(settings.data, settings.val_split)
     )

@@ -20,7 +20,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import decode
 from trt_yolov6.models.fusion import fuse
 from trt_yolov6.models.network import YOLOv6
-from trt_yolov6.spec import BatchProfile, NmsSettings, PrecisionName, TensorSpec
+from trt_yolov6.spec import BatchProfile, NmsSettings, PrecisionName, TensorSpec, two_sides
 from trt_yolov6.training.qat.onnx_module import GraphNetwork
 
 
@@ -38,7 +38,7 @@ class TorchEngine(Engine):
         self,
         model: YOLOv6 | GraphNetwork,
         class_names: tuple[str, ...],
-        image_size: int,
+        image_size: int | tuple[int, int],
         *,
         half: bool | None = None,
         name: str = "model",
@@ -48,7 +48,7 @@ class TorchEngine(Engine):
         Args:
             model: in any form, or an exported graph that is being trained; left as it is.
             class_names: in the order of its scores.
-            image_size: side of the input in pixels, a multiple of 32.
+            image_size: side of the input in pixels, or height and width; multiples of 32.
             half: compute in half precision; None: on a GPU.
             name: what results call it.
         """
@@ -64,15 +64,15 @@ class TorchEngine(Engine):
         self.device = (
             torch.cuda.get_device_name(self.torch_device) if on_gpu else self.torch_device.type
         )
-        shape = (None, image_size, image_size, 3)
-        self.input = TensorSpec("images", shape, np.dtype(np.uint8))
-        anchors = sum((image_size // stride) ** 2 for stride in model.arch.strides)
+        height, width = two_sides(image_size)
+        self.input = TensorSpec("images", (None, height, width, 3), np.dtype(np.uint8))
+        anchors = sum((height // one) * (width // one) for one in model.arch.strides)
         self.outputs = (
             TensorSpec("boxes", (None, anchors, 4), np.dtype(np.float32)),
             TensorSpec("scores", (None, anchors, len(class_names)), np.dtype(np.float32)),
         )
         self.batch = BatchProfile(1, 32, 1024)
-        self.detector = DetectorSpec(class_names, (image_size, image_size))
+        self.detector = DetectorSpec(class_names, (height, width))
 
     @property
     def precision(self) -> PrecisionName:

@@ -114,24 +114,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     Raises:
         UserError: the file is cut short, no ONNX model, or not a detector this package decodes.
     """
-    content = read_bytes(path)
-    graph: onnx.ModelProto | None = None
-    dropped: tuple[str, ...] = ()
-    if manifest is None:
-        # `build` has done this for engines that have one.
-        graph = parsed_model(content)
-        if graph is not None:
-            from trt_yolov6.graph.files import read_weights
-            from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
-            from trt_yolov6.graph.outputs import drop_other_outputs
-
-            has_changed = read_weights(graph, path)
-            if len(runtime_inputs(graph)) > 1:
-                graph = with_one_input(graph, path)
-                has_changed = True
-            dropped = drop_other_outputs(graph, path, options.decoder)
-            if has_changed or dropped:
-                content = graph.SerializeToString()
+    content, graph, dropped = _read(path, manifest, options.decoder)
     exact, whole = _exactly(content, options)
     session = _session(exact, path, options)
     engine = OnnxRuntimeEngine(path, manifest, session, options, graph)
@@ -147,6 +130,29 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
         notes.append(f"on the CPU, for CUDA's provider does not start ({reason})")
     engine.note = "; ".join(notes)
     return engine
+
+
+def _read(
+    path: Path, manifest: Manifest | None, decoder: str | None
+) -> tuple[bytes, onnx.ModelProto | None, tuple[str, ...]]:
+    """Return a file's graph as it is run, parsed if it has no manifest, and outputs it is without.
+
+    `build` has made engines that have a manifest ready to run.
+    """
+    content = read_bytes(path)
+    graph = parsed_model(content) if manifest is None else None
+    if graph is None:
+        return content, None, ()
+    from trt_yolov6.graph.files import read_weights
+    from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
+    from trt_yolov6.graph.outputs import drop_other_outputs
+
+    has_changed = read_weights(graph, path)
+    if len(runtime_inputs(graph)) > 1:
+        graph = with_one_input(graph, path)
+        has_changed = True
+    dropped = drop_other_outputs(graph, path, decoder)
+    return graph.SerializeToString() if has_changed or dropped else content, graph, dropped
 
 
 class OnnxRuntimeEngine(Engine):
@@ -250,7 +256,8 @@ class OnnxRuntimeEngine(Engine):
         short = next(name for name, full in PROVIDERS.items() if full == self.provider)
         options = LoadOptions(threads=self.threads, provider=short, gpu=self._gpu)
         with tempfile.TemporaryDirectory() as folder:
-            session = _session(self.path.read_bytes(), self.path, options, Path(folder) / "run")
+            content, _, _ = _read(self.path, self.manifest, self.load_options.decoder)
+            session = _session(content, self.path, options, Path(folder) / "run")
             for _ in range(runs + 1):
                 session.run(None, {self.input.name: images})
             events = read_json(session.end_profiling())
@@ -268,13 +275,12 @@ class OnnxRuntimeEngine(Engine):
         The graph is run once more, without ONNX Runtime's rewriting and with every tensor as an
         output.
         """
-        from trt_yolov6.graph.files import read_weights, sort_nodes
+        from trt_yolov6.graph.files import sort_nodes
         from trt_yolov6.graph.index import tensor_value
 
-        graph = parsed_model(self.path.read_bytes())
+        graph = parsed_model(_read(self.path, self.manifest, self.load_options.decoder)[0])
         if graph is None:
             return None
-        read_weights(graph, self.path)
         sort_nodes(graph)
         for weight in graph.graph.initializer:
             values = tensor_value(weight)

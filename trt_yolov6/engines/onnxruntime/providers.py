@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_yolov6.common.machine import nvidia_folders
-from trt_yolov6.errors import MissingDependencyError
+from trt_yolov6.errors import MissingDependencyError, UserError
 
 PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
@@ -60,6 +60,8 @@ def providers_for(wanted: str | None) -> list[str]:
     if wanted is None:
         takes_cuda = "cuda" in present and obstacle("cuda") is None
         return [PROVIDERS[short] for short in (("cuda", "cpu") if takes_cuda else ("cpu",))]
+    if wanted not in PROVIDERS:
+        raise UserError(f"`provider` {wanted} is not known; choose one of {', '.join(PROVIDERS)}.")
     if wanted not in present:
         raise MissingDependencyError(
             f"this ONNX Runtime has no {wanted!r} provider; install onnxruntime-gpu, or leave "

@@ -11,6 +11,7 @@ slot's contexts runs at a time, so they share the scratch memory.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -271,7 +272,11 @@ class ExecutionSlot:
         return profiler.times
 
     def close(self) -> None:
-        """Free what the slot holds."""
+        """Free what the slot holds, once a run that nobody waited for has ended."""
+        if self._in_use is not None:
+            with contextlib.suppress(CudaError):
+                self.stream.wait()
+            self._in_use = None
         # TensorRT wants the contexts gone before the engine.
         while self._contexts:
             self._contexts.popitem()[1].drop_graph(self.stream)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trt_yolov6.common.files import one_writer
+from trt_yolov6.common.files import is_utf8, one_writer
 from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.data.coco import CocoDataset, CocoImage
 from trt_yolov6.data.letterbox import resolve_border
@@ -20,7 +20,7 @@ from trt_yolov6.engines.base import EngineFacts, LoadOptions
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.annotate import check_outside
 from trt_yolov6.runtime.evaluate import Evaluation, FoundBatch, evaluate_found
-from trt_yolov6.runtime.predict import shown_nms
+from trt_yolov6.runtime.predict import measured_nms, shown_nms
 from trt_yolov6.serving.ray.cluster import Actors, connected, fitting_actors
 from trt_yolov6.serving.ray.detector import Detector, FoundInBlock, Item, Work, row_of, values_of
 from trt_yolov6.serving.ray.engine_files import EngineFiles, read_engine
@@ -113,9 +113,9 @@ def infer_on_ray(
     files, facts = read_engine(Path(engine), options.backend, options.load)
     predict = _resolved(predict, facts, shown_nms(facts.nms))
     pictures = find_pictures(source)
-    names = (one.name for one in pictures if form == "parquet")
-    if odd := [name for name in names if name.encode(errors="ignore").decode() != name]:
-        raise UserError(f"{odd[0]} is not a name in UTF-8, as Parquet has it; write jsonl instead.")
+    odd = next((one.name for one in pictures if not is_utf8(one.name)), None)
+    if odd is not None and form == "parquet":
+        raise UserError(f"{odd} is not a name in UTF-8, as Parquet has it; write jsonl instead.")
     folder = ResultFolder(output)
     if folder.is_local and Path(source).is_dir():  # what a listing names is meant
         check_outside(Path(output), (Path(one.path).parent for one in pictures))
@@ -218,7 +218,7 @@ def evaluate_on_ray(
         UserError: see `connected` and `evaluate`.
     """
     files, facts = read_engine(Path(engine), options.backend, options.load)
-    predict = _resolved(predict, facts, NmsSettings())
+    predict = _resolved(predict, facts, measured_nms(facts.nms))
     images = [dataclasses.replace(one, path=one.path.absolute()) for one in dataset.images]
 
     def found() -> Iterator[FoundBatch]:

@@ -162,10 +162,9 @@ def load_data(
 def evaluate_network(network: GraphNetwork, graph: Graph, dataset: CocoDataset) -> Evaluation:
     """Return the AP of a graph's network on the device where it is, in float32 without TF32."""
     device = next(network.parameters()).device
-    names, image_size = graph.class_names, max(graph.image_size)
     with (
         _convolutions(device, exact=True),
-        TorchEngine(network, names, image_size, half=False, name="qat") as engine,
+        TorchEngine(network, graph.class_names, graph.image_size, half=False, name="qat") as engine,
     ):
         return evaluate(engine, dataset, PredictOptions(batch=16), progress=False)
 
