@@ -61,6 +61,7 @@ def test_four_levels_with_bifusion_are_the_network_that_was_exported() -> None:
         dataclasses.replace(
             tiny_architecture(),
             neck="bifusion",
+            activation="leaky_relu",
             pooling="cspsppf",
             stage_channels=(8, 8, 8, 16, 16, 16),
             neck_channels=(16, 8, 8, 8, 16, 16, 16, 8, 16),

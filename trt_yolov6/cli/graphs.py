@@ -180,7 +180,7 @@ def calibrated(graph: Graph, options: argparse.Namespace) -> tuple[Graph, dict[s
     from trt_yolov6.quantization.pipeline import quantize
 
     # Corrected biases would be in the graph with Q/DQ nodes, which this route does without.
-    settings = calibration_settings(options, bias_correction=False)
+    settings = calibration_settings(options, bias_correction=False, shift=False)
     folder = calibration_folder(options.calibration)
     result = quantize(graph, folder, settings)
     graph = replace(graph, model=result.float_model)

@@ -470,7 +470,7 @@ def _is_rectified(graph: GraphIndex, name: str, integer: set[str]) -> bool:
 def _is_gated(graph: GraphIndex, name: str, integer: set[str]) -> bool:
     """Return whether a tensor is what SiLU makes of an INT8 layer's output.
 
-    Its channels may be multiplied by constants (`equalization.rescaling`), in the same kernel.
+    Its channels may have been rescaled after it (`equalization.rescaling`).
     """
     node = graph.producer(name)
     if node is not None and node.op_type == "Mul" and graph.scaled(node) is None:

@@ -33,8 +33,8 @@ from trt_yolov6.quantization.types import INT8
 
 _KNOWN = frozenset(
     {
-        *("Add", "Concat", "Conv", "ConvTranspose", "HardSwish", "MaxPool", "Mul", "Relu"),
-        *("Sigmoid", "Sub"),
+        *("Add", "Concat", "Conv", "ConvTranspose", "HardSwish", "LeakyRelu", "MaxPool", "Mul"),
+        *("Relu", "Sigmoid", "Sub"),
     }
 )
 """Operators of exported YOLOv6 networks, and of what calibration makes of them."""

@@ -99,6 +99,8 @@ def run(
     if data.report.problems:
         _log.info("%d problems of the data were left out of training", len(data.report.problems))
     is_auto = quantization.float_layers == "auto"
+    if backend == "tensorrt" or float_graph:  # as `build` does, see `QuantizationSettings.shift`
+        quantization = replace(quantization, shift=False)
     start = prepare_graph(
         graph,
         checkpoint.arch,
