@@ -8,7 +8,6 @@ from typing import Any
 
 import onnx
 
-from trt_yolov6.common.files import sha256_file
 from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.spec import BatchProfile, PrecisionName
 
@@ -31,7 +30,3 @@ class Graph(Described):
     """Notes on changes to a file's graph, on reading or for TensorRT."""
     source_sha256: str = ""
     """SHA-256 of the source when the graph was made, in hexadecimal; empty if it was gone."""
-
-    def __post_init__(self) -> None:
-        if not self.source_sha256 and self.source.is_file():
-            object.__setattr__(self, "source_sha256", sha256_file(self.source))
