@@ -146,6 +146,26 @@ def test_fine_tuning_with_other_classes_keeps_all_but_the_class_predictions(
     assert start.model.arch == tiny_architecture(2)
 
 
+def test_names_of_classes_may_be_written_otherwise_than_the_checkpoint_s(
+    tiny: Path, tmp_path: Path
+) -> None:
+    data = write_shapes(tmp_path / "data")
+    for file in (data / "annotations").iterdir():
+        content = json.loads(file.read_text())
+        for category in content["categories"]:
+            category["name"] = category["name"].upper()
+        content["categories"].append({"id": 0, "name": "of nothing"})
+        file.write_text(json.dumps(content))
+    settings = tiny_settings(data, tiny, epochs=1, val_split="val")
+    result = train(settings, tmp_path / "run", progress=False)
+    assert result.last_ap is not None
+    assert load_checkpoint(result.last).class_names == load_checkpoint(tiny).class_names
+    content["categories"][0]["name"] = "another"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="different classes"):
+        train(settings, tmp_path / "other", progress=False)
+
+
 def later(name: str, **changes: Any) -> Facts:
     """One of release 0.4's networks, small."""
     stages = len(FACTS[name].repeats)
@@ -330,6 +350,7 @@ def test_mistakes_cost_one_line(
     assert "--data is missing" in complaint(capsys)
     assert "there is no variant" in complaint(capsys, *base, "--model", "q")
     assert "multiple of 32" in complaint(capsys, *base, "--imgsz", "100")
+    assert "larger --batch" in complaint(capsys, *base, "--imgsz", "32", "--batch", "1")
     assert "--lr must be above 0" in complaint(capsys, *base, "--lr", "-1")
     assert "not of the form" in complaint(capsys, *base, "--set", "epochs")
     assert "there is no speed" in complaint(capsys, *base, "--set", "optimizer.speed=1")

@@ -256,11 +256,10 @@ def test_the_report_is_written_whole(tmp_path: Path) -> None:
     assert written["annotation_file"].endswith("instances_train.json")
     settle(checked_data(folder), "skip", tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text()) == written
-    # Nothing to say, nothing written.
-    load_training_set(
-        write_set(tmp_path, [GOOD]), None, 40, "cpu", progress=False, report_file=tmp_path / "no"
-    )
-    assert not (tmp_path / "no").exists()
+    # Nothing to say: nothing written, and nothing left of the data set before its correction.
+    folder = write_set(tmp_path, [GOOD])
+    load_training_set(folder, None, 40, "cpu", progress=False, report_file=file)
+    assert not file.exists()
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,11 @@ class CocoDataset:
     notes: tuple[str, ...] = ()
     """Notes for the reader of an AP on it."""
 
+    def used(self) -> list[bool]:
+        """Return, of each class, whether any object is of it."""
+        found = {item["category_id"] for item in self.annotations}
+        return [number in found for number in self.category_ids]
+
     def objects(self, *, crowds: bool = False) -> dict[int, Objects]:
         """Return the objects of each image; with crowds if they are to count as well."""
         sides = [

@@ -307,9 +307,9 @@ class _Truth:
 
 
 def _truth(name: str, class_names: Sequence[str], dataset: CocoDataset) -> _Truth:
-    categories = {entry["category_id"] for entry in dataset.annotations}
-    used = [number in categories for number in dataset.category_ids]
-    match_of = match_classes(name, class_names, dataset.annotation_file, dataset.class_names, used)
+    match_of = match_classes(
+        name, class_names, dataset.annotation_file, dataset.class_names, dataset.used()
+    )
     counting = dataclasses.replace(
         dataset,
         category_ids=tuple(dataset.category_ids[place] for place in match_of.kept),

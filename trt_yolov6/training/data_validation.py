@@ -61,7 +61,7 @@ class CheckedSplit:
 def settle(
     report: DataReport, on_bad_data: OnBadData, report_file: str | Path | None = None
 ) -> None:
-    """Write a report if there is anything in it, and refuse a data set that has problems.
+    """Write a report, or delete an old one if nothing is in it; refuse a data set with problems.
 
     Args:
         report: on the whole split.
@@ -75,6 +75,8 @@ def settle(
     if report_file is not None and (report.problems or report.clipped):
         content = {**dataclasses.asdict(report), "annotation_file": str(report.annotation_file)}
         write_json(report_file, content)
+    elif report_file is not None:
+        Path(report_file).unlink(missing_ok=True)
     count = len(report.problems)
     if not count or on_bad_data == "skip":
         return

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.common.text import counted
+from trt_yolov6.data.class_matching import order_by_name
 from trt_yolov6.data.coco import CocoDataset, load_coco
 from trt_yolov6.data.images import same_files
 from trt_yolov6.data.sources import check_source
@@ -183,7 +184,12 @@ def _training_data(
         report_file=folder / DATA_REPORT_FILE if processes.is_first else None,
         class_names=load_checkpoint(settings.weights).class_names if settings.weights else None,
     )
-    if validation is not None and set(validation.class_names) != set(data.class_names):
+    # The training split has the network's names and classes by now, as `in_order` leaves it.
+    if (
+        validation is not None
+        and set(validation.class_names) != set(data.class_names)
+        and order_by_name(data.class_names, validation.class_names, validation.used()) is None
+    ):
         raise UserError(
             f"the splits {settings.train_split} and {settings.val_split} of {settings.data} have "
             "different classes; make their categories agree."

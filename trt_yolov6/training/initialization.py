@@ -57,6 +57,11 @@ def starting_model(
             start = Start(build_model(adapted(arch, settings.architecture)), ())
             reset_predictions(start.model)
     check_image_size(settings.image_size, start.model.arch, "this network")
+    if settings.batch == 1 and settings.image_size == start.model.arch.size_multiple:
+        raise UserError(
+            f"one image of {settings.image_size} pixels leaves the deepest batch normalizations "
+            "one value, of which they make nothing; give a larger `batch` or `image_size`."
+        )
     return start
 
 

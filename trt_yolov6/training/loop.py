@@ -127,7 +127,7 @@ def train_epochs(
                 save(now=due)
                 bar.set_postfix_str(_postfix(line, done))
                 if logged:
-                    _log.info("%s, of %d epochs", _postfix(line, done), plan.epochs)
+                    _log.info("%s, of %s", _postfix(line, done), counted(plan.epochs, "epoch"))
             task.processes.wait()
 
 

@@ -341,9 +341,15 @@ def _check(settings: TrainSettings) -> None:
             f"{settings.plain_epochs} last epochs without Mosaic are not between 0 and the "
             f"{settings.epochs} in all; give other `plain_epochs`",
         ),
-        (
-            settings.eval_border < settings.image_size // 2,
-            f"a border of {settings.eval_border} leaves no image; give `eval_border` less",
+        *(
+            (
+                border < settings.image_size // 2,
+                f"a border of {border} leaves no image; give `{name}` less",
+            )
+            for name, border in (
+                ("eval_border", settings.eval_border),
+                ("border", settings.augmentation.border),
+            )
         ),
         (
             (settings.teacher is None) == (settings.distillation is None),
