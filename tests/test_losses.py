@@ -31,6 +31,7 @@ from trt_yolov6.training.losses import (
     Losses,
     LossSettings,
     box_divergence,
+    check_losses,
     class_divergence,
     default_losses,
     detection_loss,
@@ -707,13 +708,12 @@ def test_bad_distillation_is_refused_by_name(name: str, value: Any) -> None:
 
 
 def test_a_head_without_the_output_is_refused() -> None:
-    targets = _targets()
     with pytest.raises(UserError, match="predicts boxes directly"):
-        detection_loss(_levels(PLAIN, 3), PLAIN, targets, LossSettings(use_dfl=True))
+        check_losses(LossSettings(use_dfl=True), PLAIN)
     with pytest.raises(UserError, match="objectness output"):
-        detection_loss(_levels(PLAIN, 3), PLAIN, targets, LossSettings(objectness=True))
+        check_losses(LossSettings(objectness=True), PLAIN)
     with pytest.raises(UserError, match="cannot be trained without"):
-        detection_loss(_levels(OFFSET, 3), OFFSET, targets, LossSettings())
+        check_losses(LossSettings(), OFFSET)
 
 
 def test_rectangular_images() -> None:

@@ -371,7 +371,9 @@ def test_mistakes_cost_one_line(
     assert "needs a GPU" in complaint(capsys, *base, "--precision", "fp16", "--device", "cpu")
     assert "for a GPU" in complaint(capsys, *base, "--compile", "--device", "cpu")
     assert "no_such" in complaint(capsys, *base, "--val-split", "no_such")
-    assert not (tmp_path / "run" / "last.pt").exists()
+    said = complaint(capsys, *base, "--model", "n", "--set", "losses.use_dfl=true")
+    assert "give --dfl, or `losses.use_dfl` false" in said
+    assert not (tmp_path / "run" / "settings.json").exists()
 
 
 def test_a_validation_split_without_an_object_is_refused(tiny: Path, tmp_path: Path) -> None:

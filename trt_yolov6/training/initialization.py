@@ -16,6 +16,7 @@ from trt_yolov6.models.fusion import single_branch
 from trt_yolov6.models.head import HeadLevel
 from trt_yolov6.models.network import YOLOv6, build_model
 from trt_yolov6.models.variants import Architecture, architecture
+from trt_yolov6.training.losses import check_losses
 from trt_yolov6.training.recipe import TrainSettings, adapted
 from trt_yolov6.training.rep_optimizer import check_scales, copy_scales, gradient_multipliers
 from trt_yolov6.training.schedule import derived_seed
@@ -44,7 +45,7 @@ def starting_model(
 
     Raises:
         UserError: the checkpoint cannot be read, is fused, or is not what the settings say; or the
-            image size does not fit the network.
+            image size, the batch or the losses do not fit the network.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(settings.seed, "weights"))
@@ -56,8 +57,10 @@ def starting_model(
             arch = architecture(settings.variant, len(class_names))
             start = Start(build_model(adapted(arch, settings.architecture)), ())
             reset_predictions(start.model)
-    check_image_size(settings.image_size, start.model.arch, "this network")
-    if settings.batch == 1 and settings.image_size == start.model.arch.size_multiple:
+    arch = start.model.arch
+    check_losses(settings.losses, arch)
+    check_image_size(settings.image_size, arch, "this network")
+    if settings.batch == 1 and settings.image_size == arch.size_multiple:
         raise UserError(
             f"one image of {settings.image_size} pixels leaves the deepest batch normalizations "
             "one value, of which they make nothing; give a larger `batch` or `image_size`."

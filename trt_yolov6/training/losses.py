@@ -142,7 +142,7 @@ def detection_loss(
             head, objectness logits (batch, 1, h, w).
         arch: the network they come from.
         targets: the batch's objects, on the same device.
-        settings: which losses.
+        settings: which losses, see `check_losses`.
         epoch: from 0; says which assigner is at work and how far distillation has decayed.
         teacher_levels: the teacher's output for the same images, of the same shapes.
         distillation: how to hold the student to the teacher, if there is one. Classes always,
@@ -151,11 +151,7 @@ def detection_loss(
             called once. Losses are sums divided by what it returns; so, as DistributedDataParallel
             averages gradients, they are those of one process with all the images. None: one
             process.
-
-    Raises:
-        UserError: the settings ask for what the head does not have.
     """
-    check_losses(settings, arch)
     with torch.autocast(levels[0][0].device.type, enabled=False):
         levels = [tuple(_wide(part) for part in level) for level in levels]
         logits = joined([level[0] for level in levels]).transpose(1, 2)
@@ -217,17 +213,19 @@ def check_losses(settings: LossSettings, arch: Architecture) -> None:
     if settings.use_dfl and not (arch.reg_max and arch.head == "distance"):
         raise UserError(
             "distribution focal loss needs a head that predicts distributions of distances; "
-            f"{arch.name} predicts boxes directly (reg_max is {arch.reg_max})."
+            f"{arch.name} predicts boxes directly (reg_max is {arch.reg_max}); give `dfl`, or "
+            "`losses.use_dfl` false."
         )
     if settings.objectness and arch.head != "offset":
         raise UserError(
             "an objectness loss needs a head with an objectness output; "
-            f"{arch.name} has the {arch.head!r} head, only the 'offset' head has one."
+            f"{arch.name} has the {arch.head!r} head, only the 'offset' head has one; give "
+            "`objectness`, or `losses.objectness` false."
         )
     if arch.head == "offset" and not settings.objectness:
         raise UserError(
             "the 'offset' head multiplies its objectness into every score, so it cannot be "
-            "trained without the objectness loss."
+            "trained without the objectness loss; give `losses.objectness` true."
         )
 
 

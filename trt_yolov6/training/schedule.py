@@ -52,7 +52,7 @@ def make_plan(
 
     An epoch has `images / batch` steps, rounded: every batch is full, and what an epoch leaves out
     or shows twice is another image every time. The warm-up lasts `warmup_epochs`, or 1000 steps if
-    that is longer (as the authors have it), but no more than a tenth of the training.
+    that is longer (as the authors have it), but no more than a tenth of the training or one step.
 
     Args:
         images, batch, epochs: see `Plan`.
