@@ -138,6 +138,7 @@ def test_any_field_can_be_set(assignment: str, value: object) -> None:
         ("epochs=many", "epochs=many: epochs must be a whole number, got many"),
         ("optimizer=1", "name a part"),
         ("epochs.most=1", "is a single value"),
+        ("distillation.box_weight=2", "distillation is none"),
         ("losses.box=biou", ": box must be one of siou, giou, ciou"),
         ("compile=perhaps", ": compile must be true or false"),
         ("epochs=0", "epochs must be at least 1"),

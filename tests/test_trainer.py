@@ -361,6 +361,8 @@ def test_mistakes_cost_one_line(
     assert "fixes the architecture" in complaint(
         capsys, *base, "--weights", str(tiny), "--block", "conv"
     )
+    said = complaint(capsys, *base, "--weights", str(tiny), "--warmup-assigner", "simota")
+    assert "--warmup-assigner is for trainings from random weights" in said
     assert "holds no training" in complaint(capsys, "--resume", "--output", str(tmp_path / "none"))
     assert "was chosen when" in complaint(capsys, *base, "--resume")
     for given in (("--seed", "0"), ("--mosaic", "0"), ("--no-dfl",)):

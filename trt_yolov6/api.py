@@ -270,9 +270,9 @@ def train(
 
     Args:
         data: data set in COCO, YOLO or Pascal VOC layout: its folder or `data.yaml`; or complete
-            settings, which leave `model`, `weights` and `recipe` no say.
+            settings, without `model`, `weights` and `recipe`.
         output: folder for checkpoints, log and state; None: `runs/train/<model>`.
-        model: variant, such as `n`, `s` or `l6_v3`; default: `s`, or that of `weights`.
+        model: variant, such as `n`, `s` or `l6`; default: `s`, or that of `weights`.
         weights: checkpoint to fine-tune.
         device: `cpu`, `cuda` or `cuda:N`. Default: a GPU where there is one.
         resume: continue the training in `output` with the same settings; after an interruption it
@@ -295,11 +295,15 @@ def train(
         ('last.pt', 1)
     """
     from trt_yolov6.checkpoints.loading import load_checkpoint
+    from trt_yolov6.errors import UserError
     from trt_yolov6.training.recipe import TrainSettings, recipe_for
     from trt_yolov6.training.trainer import train as train_settings
 
     if isinstance(data, TrainSettings):
         settings = data
+        given = {"model": model, "weights": weights, **recipe}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"`data` holds all settings; leave `{unused[0]}` out, or change them.")
     else:
         checkpoint = load_checkpoint(weights) if weights else None
         name = model or (checkpoint.arch.name if checkpoint else "s")

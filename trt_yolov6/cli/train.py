@@ -288,6 +288,11 @@ def _changed(settings: TrainSettings, options: argparse.Namespace) -> TrainSetti
         settings = replace(settings, val_split=split)
     for assignment in options.assignment or ():
         settings = with_field(settings, assignment)
+    if options.warmup_assigner is not None and not settings.losses.warmup_epochs:
+        raise UserError(
+            "--warmup-assigner is for trainings from random weights; leave it out, or add --set "
+            "losses.warmup_epochs=4."
+        )
     return settings
 
 

@@ -286,7 +286,8 @@ def _with(value: Any, names: list[str], text: str, assignment: str) -> Any:
             raise UserError(f"`assignment` {assignment}: name a part of it, one of {parts}.")
         return dataclasses.replace(value, **{names[0]: _with(current, names[1:], text, assignment)})
     if len(names) > 1:
-        raise UserError(f"`assignment` {assignment}: {names[0]} is a single value.")
+        what = "none, so it has no parts" if current is None else "a single value"
+        raise UserError(f"`assignment` {assignment}: {names[0]} is {what}.")
     kind = typing.get_type_hints(type(value), include_extras=True)[names[0]]
     kinds = typing.get_args(kind)
     is_none = text.lower() == "none" and type(None) in kinds
