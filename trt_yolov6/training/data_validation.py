@@ -96,15 +96,13 @@ def read_split(folder: str | Path, split: str | None) -> CheckedSplit:
         UserError: see `read_annotations`.
     """
     found = read_annotations(folder, split, crowds=False)
-    dataset = found.dataset
-    objects = dataset.grouped(found.corners).values()
-    empty_images = sum(not len(boxes) for boxes, _ in objects)
+    objects = found.dataset.grouped(found.corners).values()
     return CheckedSplit(
-        images=dataset.images,
-        class_names=dataset.class_names,
+        images=found.dataset.images,
+        class_names=found.dataset.class_names,
         boxes=tuple(boxes for boxes, _ in objects),
         classes=tuple(classes for _, classes in objects),
-        report=dataclasses.replace(found.report, empty_images=empty_images),
+        report=found.report,
     )
 
 

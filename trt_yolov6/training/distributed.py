@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from trt_yolov6.common.text import counted
 from trt_yolov6.errors import UserError
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -115,8 +116,8 @@ def chosen_device(name: str | None = None, local_rank: int | None = None) -> tor
     index = local_rank if local_rank is not None else device.index or 0
     if index >= torch.cuda.device_count():
         raise UserError(
-            f"PyTorch sees {torch.cuda.device_count()} GPUs here, no GPU {index}; give another "
-            "`device`, start fewer processes, or install PyTorch with CUDA.",
+            f"PyTorch sees {counted(torch.cuda.device_count(), 'GPU')} here, no GPU {index}; give "
+            "another `device`, start fewer processes, or install PyTorch with CUDA.",
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)

@@ -331,6 +331,7 @@ def _flat(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(settings: TrainSettings) -> None:
     stride = max(STRIDES)
+    border = max(settings.eval_border, settings.augmentation.border)
     checks = [
         (
             settings.image_size >= stride and settings.image_size % stride == 0,
@@ -342,15 +343,9 @@ def _check(settings: TrainSettings) -> None:
             f"{settings.plain_epochs} last epochs without Mosaic are not between 0 and the "
             f"{settings.epochs} in all; give other `plain_epochs`",
         ),
-        *(
-            (
-                border < settings.image_size // 2,
-                f"a border of {border} leaves no image; give `{name}` less",
-            )
-            for name, border in (
-                ("eval_border", settings.eval_border),
-                ("border", settings.augmentation.border),
-            )
+        (
+            border < settings.image_size // 2,
+            f"a border of {border} leaves no image; give `border` less",
         ),
         (
             (settings.teacher is None) == (settings.distillation is None),
