@@ -6,7 +6,6 @@ Everything is computed in float32, under autocast too.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.models.decode import anchor_points, decode, joined
 from trt_yolov6.models.variants import Architecture
 from trt_yolov6.training.assigners import Assignment, atss, simota, task_aligned
+from trt_yolov6.training.schedule import cosine
 from trt_yolov6.training.targets import Targets
 
 ClassLoss = Literal["varifocal", "focal", "quality_focal", "poly"]
@@ -116,8 +116,7 @@ def distillation_weight(epoch: float, epochs: int) -> float:
 
     Paper, 2.4.2: α = 1 - 0.99 (1 - cos(π epoch / epochs)) / 2. It stays at 0.01 after the end.
     """
-    done = min(max(epoch / epochs, 0.0), 1.0)
-    return 1 - 0.99 * (1 - math.cos(math.pi * done)) / 2
+    return cosine(epoch / epochs, 0.01)
 
 
 def detection_loss(
