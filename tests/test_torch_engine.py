@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.training_data import CLASS_NAMES, write_shapes, write_tiny
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.data.coco import load_coco
 from trt_yolov6.data.images import read_image
 from trt_yolov6.detectors.candidates import Candidates
 from trt_yolov6.engines import load_engine
 from trt_yolov6.engines.build import BuiltEngine
 from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.runtime.predict import detect
 from trt_yolov6.spec import NmsSettings
 from trt_yolov6.training.torch_engine import TorchEngine
@@ -64,3 +67,16 @@ def test_the_network_stays_as_it_is(root: Path) -> None:
         engine.infer(images)
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_network_that_knows_nothing_yet_is_evaluated(tmp_path: Path) -> None:
+    model = load_checkpoint(write_tiny(tmp_path / "tiny.pt")).model
+    biases = {"cls_pred": 3.0, "reg_pred": -1.0}  # boxes that end before they begin
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            for layer, bias in biases.items():
+                if f".{layer}." in name:
+                    value.fill_(bias if name.endswith(".bias") else 0)
+    data = load_coco(write_shapes(tmp_path / "data"), "val")
+    with TorchEngine(model, CLASS_NAMES, 96) as engine:
+        assert evaluate(engine, data, progress=False).ap == 0

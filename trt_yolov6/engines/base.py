@@ -178,6 +178,8 @@ class Engine(Described, Closing):
     """Outputs of a file without a manifest that are not a detector's and are not computed."""
     is_checked: bool = False
     """A batch's outputs have been found to be a detector's (see `plausibility`)."""
+    is_trusted: bool = False
+    """Outputs are never checked: a network in training may know nothing yet."""
     in_flight: int = 1
     """Batches that `start` takes before the first is waited for."""
     load_options: LoadOptions = LoadOptions()

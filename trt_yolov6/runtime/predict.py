@@ -299,7 +299,7 @@ def process(
     source = iter(items)
     in_memory = in_memory and engine.takes_images()
     opened = None if in_memory else open_item or read
-    is_checked = in_memory and engine.is_checked
+    is_checked = engine.is_trusted or (in_memory and engine.is_checked)
     steps = _steps(engine, source, read, opened, nms, options.clip, is_checked, loading)
     pipeline = _Pipeline(engine, nms, options.clip, finish, in_memory, is_checked)
     try:
