@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import hashlib
 import inspect
 import json
 import os
@@ -324,6 +325,16 @@ def test_what_is_quantized_is_written_where_it_is_asked_for(folder: Path, tmp_pa
         folder / "yolov6n.onnx", folder / "calib", settings=quick, output=written
     )
     assert trt_yolov6.export(written).precision == graph.precision == "int8"
+
+
+def test_a_graph_knows_its_source_as_it_was(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "net.onnx"
+    shutil.copy(folder / "yolov6n.onnx", source)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    graph = trt_yolov6.export(source)
+    source.unlink()
+    built = trt_yolov6.build(graph, output=tmp_path / "engine.onnx")
+    assert (built.manifest.source, built.manifest.source_sha256) == ("net.onnx", digest)
 
 
 def test_a_checkpoint_brings_its_names_and_a_graph_its_size(folder: Path) -> None:

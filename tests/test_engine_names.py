@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from support.small_graphs import detector
 
@@ -93,6 +94,13 @@ def test_replacing_an_engine_is_said(graph: Graph, capsys: pytest.CaptureFixture
     assert "replacing engines/net-fp32-32.onnx (fp32, of net.onnx)" in capsys.readouterr().out
     assert main([*command, "--fp16"]) == 0
     assert "replacing" not in capsys.readouterr().out
+    model = onnx.load("net.onnx")
+    model.doc_string = "trained again"
+    onnx.save(model, "net.onnx")
+    assert main(command) == 0
+    assert "replacing engines/net-fp32-32.onnx (fp32, of another net.onnx)" in "".join(
+        capsys.readouterr()
+    )
 
 
 def test_an_exported_graph_is_known_by_its_manifest(graph: Graph) -> None:

@@ -60,6 +60,28 @@ def test_a_perfect_detector_scores_1(
     assert result.ap_large is None  # there are no large cells
 
 
+def test_other_threads_may_print_meanwhile(
+    tmp_path: Path,
+    cells: CocoDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    index = COCO.createIndex
+
+    def heard(coco: COCO) -> None:
+        index(coco)
+        other = threading.Thread(target=print, args=("heard",))
+        other.start()
+        other.join()
+
+    monkeypatch.setattr(COCO, "createIndex", heard)
+    with load_tiny(tmp_path) as engine:
+        evaluate(engine, cells, SURE, progress=False)
+    assert set(capsys.readouterr().out.split()) == {"heard"}
+    COCO().createIndex()  # it is quiet for `evaluate` only
+    assert "index created!" in capsys.readouterr().out
+
+
 def test_rows_score_objectness_times_class(tmp_path: Path, cells: CocoDataset) -> None:
     with load_tiny(tmp_path, "rows") as engine:
         # Its scores are half as high.

@@ -380,8 +380,11 @@ def test_a_folder_in_use_is_left_alone(data: Path, tiny: Path, tmp_path: Path) -
     with sole_writer(tmp_path), pytest.raises(UserError, match="another process is writing to"):
         train(settings, tmp_path, progress=False)
     train(settings, tmp_path, progress=False)
-    with pytest.raises(UserError, match="holds a training already"):
-        train(settings, tmp_path, progress=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "best.pt").write_bytes(b"another program's")
+    for folder in (tmp_path, tmp_path / "other"):
+        with pytest.raises(UserError, match="holds a training already"):
+            train(settings, folder, progress=False)
     slow = dataclasses.replace(settings.optimizer, momentum=0.5)
     other = dataclasses.replace(settings, optimizer=slow)
     with pytest.raises(UserError, match=r"another optimizer\.momentum"):
@@ -389,6 +392,18 @@ def test_a_folder_in_use_is_left_alone(data: Path, tiny: Path, tmp_path: Path) -
     (tmp_path / STATE_FILE).write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(UserError, match="damaged"):
         train(settings, tmp_path, resume=True, progress=False)
+
+
+def test_other_data_than_a_training_began_with_is_refused(tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(write_shapes(tmp_path / "data"), tiny, epochs=1)
+    train(settings, tmp_path / "run", progress=False)
+    file = tmp_path / "data" / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    last = content["images"].pop()["id"]
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != last]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"was started with 8 images, and .* has 7 now"):
+        train(settings, tmp_path / "run", resume=True, progress=False)
 
 
 def test_bad_data_is_refused_or_left_out_as_chosen(

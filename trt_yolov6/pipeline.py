@@ -287,7 +287,7 @@ def build(
         graph = _cleaned(graph, calibration)
     path = engine_path(graph, name, output, settings.target)
     if path.is_file():
-        _log.info("replacing %s%s", path, _described(path))
+        _say_replaced(path, graph, chosen=output is not None)
     with a_line_a_minute(f"building {path}", progress=progress):
         return build_engine(
             graph,
@@ -596,12 +596,24 @@ def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
     return dataclasses.replace(graph, model=model)
 
 
-def _described(path: Path) -> str:
-    """Say what an engine that is replaced is, as far as its manifest tells."""
+def _say_replaced(path: Path, graph: Graph, *, chosen: bool) -> None:
+    """Say what an engine that is replaced is, as far as its manifest tells.
+
+    Of another source than the new one, whose name nobody has `chosen`, it is a warning: the
+    `best.pt` of two trainings share a name.
+    """
     from trt_yolov6.engines.manifest import read_manifest
 
     try:
         manifest = read_manifest(path)
     except UserError:
-        return ""
-    return "" if manifest is None else f" ({manifest.precision}, of {manifest.source})"
+        manifest = None
+    if manifest is None:
+        _log.info("replacing %s", path)
+        return
+    is_other = manifest.source_sha256 != graph.source_sha256
+    level = logging.WARNING if is_other and not chosen else logging.INFO
+    another = "another " if is_other else ""
+    _log.log(
+        level, "replacing %s (%s, of %s%s)", path, manifest.precision, another, manifest.source
+    )

@@ -46,6 +46,8 @@ class Checked:
             if hasattr(value, "item"):  # NumPy's numbers are numbers as well, except for JSON
                 value = value.item()
                 object.__setattr__(self, name, value)
+            if isinstance(value, dict):  # msgspec would take it for the class's fields
+                raise UserError(f"`{name}` is a dictionary; give a value of its class.")
             if not dataclasses.is_dataclass(value):  # such a one checks itself
                 fitting(value, kind, f"`{name}`")
 

@@ -109,7 +109,7 @@ def _manifest_rows(inspection: Inspection) -> list[tuple[str, str]]:
         ("  decoder", f"{manifest.decoder}, {outputs}"),
         ("  batch", str(manifest.batch)),
         ("  built", f"by {manifest.backend} {manifest.backend_version} for {manifest.target}"),
-        ("  source", f"{manifest.source}, SHA-256 {manifest.source_sha256}"),
+        ("  source", f"{manifest.source}, SHA-256 {manifest.source_sha256 or 'unknown'}"),
     ]
     if manifest.nms:
         nms = manifest.nms

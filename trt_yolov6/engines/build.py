@@ -18,7 +18,6 @@ from trt_yolov6.common.files import (
     check_writable,
     file_name,
     sha256_bytes,
-    sha256_file,
 )
 from trt_yolov6.engines import backend as backend_module
 from trt_yolov6.engines import best_backend
@@ -225,7 +224,7 @@ def graph_manifest(graph: Graph, path: Path, plan: bytes) -> Manifest:
         target="any",
         plan_sha256=sha256_bytes(plan),
         source=file_name(graph.source),
-        source_sha256=sha256_file(graph.source),
+        source_sha256=graph.source_sha256,
         calibration=graph.calibration,
         float_layers=graph.float_layers,
         tensors=tuple(

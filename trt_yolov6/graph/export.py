@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6 import __version__
 from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
+from trt_yolov6.common.files import sha256_file
 from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers, replace_tensor, set_nodes
@@ -562,4 +563,5 @@ def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSett
         batch=settings.batch,
         precision="fp16" if settings.fp16 else "fp32",
         source=checkpoint.path,
+        source_sha256=sha256_file(checkpoint.path) if checkpoint.path.is_file() else "",
     )

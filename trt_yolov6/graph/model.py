@@ -28,3 +28,5 @@ class Graph(Described):
     """Layers of such a graph that were asked to stay in float."""
     notes: tuple[str, ...] = ()
     """Notes on changes to a file's graph, on reading or for TensorRT."""
+    source_sha256: str = ""
+    """SHA-256 of the source when the graph was made, in hexadecimal; empty if it was gone."""

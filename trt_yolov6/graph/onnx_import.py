@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from trt_yolov6.common.files import sha256_file
 from trt_yolov6.detectors.layouts import LAYOUTS
 from trt_yolov6.detectors.metadata import (
     check_input,
@@ -97,6 +98,7 @@ def graph_from_onnx(
         batch=profile,
         precision=precision,
         source=path,
+        source_sha256=sha256_file(path),
         notes=(dropped_text(dropped),) if dropped else (),
     )
 

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import io
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pycocotools.coco
+import pycocotools.cocoeval
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -30,6 +31,29 @@ from trt_yolov6.runtime.evaluation_plots import Confusion
 from trt_yolov6.runtime.predict import Processed, process
 from trt_yolov6.runtime.several_gpus import check_gpus, process_on_gpus
 from trt_yolov6.spec import EnginePrecision, NmsSettings, PredictOptions
+
+_this_thread = threading.local()
+
+
+def _print(*args: Any, **options: Any) -> None:
+    if not getattr(_this_thread, "is_quiet", False):
+        print(*args, **options)
+
+
+# Standard output is the whole process's: redirected, it loses what other threads print, and of two
+# redirections that overlap one may stay.
+for _module in (pycocotools.coco, pycocotools.cocoeval):
+    _module.print = _print
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep pycocotools from printing in this thread."""
+    _this_thread.is_quiet = True
+    try:
+        yield
+    finally:
+        _this_thread.is_quiet = False
 
 
 @dataclass(frozen=True)
@@ -214,7 +238,7 @@ class _Matcher:
             entry["id"] = number
         scorer = COCOeval(self.annotated(), _coco(truth.dataset, images, results), "bbox")
         scorer.params.imgIds = [image.id for image in images]
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _quietly():
             scorer.evaluate()
         # A list by class, then size range, then image, the images sorted.
         ids = sorted(image.id for image in images)
@@ -406,7 +430,7 @@ def _coco(dataset: CocoDataset, images: Sequence[CocoImage], annotations: Sequen
         "categories": [{"id": number} for number in dataset.category_ids],
         "annotations": list(annotations),
     }
-    with contextlib.redirect_stdout(io.StringIO()):
+    with _quietly():
         coco.createIndex()
     return coco
 
@@ -420,7 +444,7 @@ def _average_precision(
     scorer.evalImgs = [match for same_kind in zip(*by_image, strict=True) for match in same_kind]
     # The attributes that `evaluate` leaves for `accumulate`.
     scorer._paramsEval = copy.deepcopy(scorer.params)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with _quietly():
         scorer.accumulate()
         scorer.summarize()
     # Axes: IoU threshold, recall, class, size range (0: all), detections an image (2: 100).

@@ -120,7 +120,7 @@ def detect(
             in_memory=all(item.path is None for item in items),
         ):
             found.extend(step.result)
-            _warn(step.notes)
+            _warn(step.notes, 4)
     return [
         one if item.path is None else dataclasses.replace(one, path=item.path)
         for one, item in zip(found, items, strict=True)
@@ -217,7 +217,7 @@ def _detect_at_once(
             run = engine.start(array, nms)
         else:
             outputs, notes = _checked_outputs(engine, array, len(items), nms)
-            _warn(notes)
+            _warn(notes, 5)
             run = FinishedRun(outputs)
     return postprocess(
         run.wait(),
@@ -229,9 +229,10 @@ def _detect_at_once(
     )
 
 
-def _warn(notes: Iterable[str]) -> None:
+def _warn(notes: Iterable[str], level: int) -> None:
+    """Warn of notes, as of the line that called `Detector.predict`: `level` calls from here."""
     for note in notes:
-        warnings.warn(note, stacklevel=4)
+        warnings.warn(note, stacklevel=level)
 
 
 def _checked_outputs(

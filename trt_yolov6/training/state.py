@@ -28,6 +28,8 @@ VERSION = 1
 class Progress:
     """Progress of a training; changed in place."""
 
+    images: int = 0
+    """Images of the training split, by whose number steps make epochs; 0 where it is not known."""
     step: int = 0
     """The next step, from 0."""
     best_ap: float | None = None

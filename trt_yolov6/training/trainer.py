@@ -194,7 +194,13 @@ def _trained(
     processes, start = call.processes, time.perf_counter()
     detector = detection_task(settings, folder, processes, progress=call.progress, scales=scales)
     _noted(detector.notes, call)
-    done = Progress() if state is None else restore(state, detector.task.learner)
+    images = len(detector.task.data)
+    done = Progress(images) if state is None else restore(state, detector.task.learner)
+    if done.images not in (0, images):  # 0: in states of early versions
+        raise UserError(
+            f"the run in {folder} was started with {counted(done.images, 'image')}, and "
+            f"{settings.data} has {images} now; restore them, or start again in another folder."
+        )
     # Only now: what cannot be trained leaves no run.
     if processes.is_first:
         for place, its in {**(settings_of or {}), folder: settings}.items():
@@ -263,7 +269,6 @@ def _open_folder(
     folder: Path, settings: TrainSettings, processes: Processes, *, resume: bool
 ) -> dict[str, Any] | None:
     """Return the state of the run in the folder; None for a new run, or one without a state."""
-    stored = folder / SETTINGS_FILE
     if resume:
         kept = stored_settings(folder)
         differing = differences(kept, settings)
@@ -279,7 +284,7 @@ def _open_folder(
         if processes.is_first:
             sweep(folder)
         return state
-    if stored.exists() or (folder / LAST_FILE).exists():
+    if any((folder / name).exists() for name in (SETTINGS_FILE, LAST_FILE, BEST_FILE)):
         raise UserError(
             f"{folder} holds a training already; give another `output`, or `resume` to go on.",
         )

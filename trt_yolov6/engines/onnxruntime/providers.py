@@ -11,6 +11,7 @@ import ctypes
 import functools
 import io
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,9 +149,13 @@ def library_folders() -> list[Path]:
     return sorted(folder for root in nvidia_folders() for folder in root.glob("*/lib"))
 
 
+_redirecting = threading.Lock()
+
+
 def _said(call: Callable[[], object]) -> str:
     """Return a call's output: ONNX Runtime reports there, and the reader has no use for it."""
     text = io.StringIO()
-    with contextlib.redirect_stdout(text):
+    # One at a time: of two redirections that overlap one may stay.
+    with _redirecting, contextlib.redirect_stdout(text):
         call()
     return text.getvalue()
