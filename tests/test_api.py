@@ -409,3 +409,6 @@ def test_precisions_are_written_as_they_are_read() -> None:
     assert Precision.parse(named) is named
     with pytest.raises(UserError, match="only int8 and fp8"):
         dataclasses.replace(named, base="fp16")
+    for unknown in ({"base": "int4"}, {"base": "int8", "rest": "bf16"}):
+        with pytest.raises(UserError, match="is not a precision; give fp32, fp16, int8 or fp8"):
+            Precision(**unknown)  # type: ignore[arg-type]

@@ -293,7 +293,9 @@ def test_frames_can_be_limited_and_stopped(tmp_path: Path, engine: Engine) -> No
         return len(asked) > 7
 
     summary = infer_source(engine, tmp_path / "ride.avi", tmp_path / "b", stop=stop, **options)
-    assert summary.images == 7
+    assert (summary.images, [w for w in summary.warnings if "announces" in w]) == (7, [])
+    with pytest.raises(UserError, match="was stopped before its first frame"):
+        infer_source(engine, tmp_path / "ride.avi", tmp_path / "c", stop=stop, **options)
     assert cv2.VideoCapture(str(summary.outputs[0])).get(cv2.CAP_PROP_FRAME_COUNT) == 7
 
 

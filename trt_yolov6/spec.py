@@ -20,6 +20,11 @@ activation ranges computed at run time."""
 EnginePrecision = Literal[PrecisionName, "unknown"]
 """Precision of an engine: `unknown` for a plan without a manifest."""
 
+_PRECISIONS = (
+    "give fp32, fp16, int8 or fp8, the last two followed by +fp16 or :LAYERS if wanted, such as "
+    "int8+fp16:6"
+)
+
 _PRECISION = re.compile(r"(fp32|fp16|int8|fp8)(\+fp16)?(?::(\d{1,4}|auto))?")
 
 
@@ -46,6 +51,8 @@ class Precision:
 
     def __post_init__(self) -> None:
         check_choice_of_layers(self.float_layers)
+        if self.base not in ("fp32", "fp16", "int8", "fp8") or self.rest not in ("fp32", "fp16"):
+            raise UserError(f"{self.base}+{self.rest} is not a precision; {_PRECISIONS}.")
         if not self.quantizes and (self.rest != "fp32" or self.float_layers not in (0, ())):
             raise UserError(f"{self} is not a precision: only int8 and fp8 leave a rest in float.")
         if self.base == "fp8" and not isinstance(self.float_layers, tuple) and self.float_layers:
@@ -65,10 +72,7 @@ class Precision:
         found = _PRECISION.fullmatch(str(text).strip().lower())
         base: Any = found[1] if found else ""
         if found is None or (base in ("fp32", "fp16") and found[0] != base):
-            raise UserError(
-                f"{text!r} is not a precision; give fp32, fp16, int8 or fp8, the last two followed "
-                "by +fp16 or :LAYERS if wanted, such as int8+fp16:6."
-            )
+            raise UserError(f"{text!r} is not a precision; {_PRECISIONS}.")
         kept: Any = "auto" if found[3] == "auto" else int(found[3] or 0)
         return cls(base, "fp16" if found[2] else "fp32", kept)
 

@@ -296,12 +296,12 @@ def _is_cut_short(data: bytes) -> bool:
 def opencv_path(path: str | Path) -> str:
     """Return a path as OpenCV takes it, which crashes over a name that is not UTF-8.
 
-    It is absolute: FFmpeg takes a relative one with a colon for the address of a stream.
+    A relative one begins with a dot: FFmpeg would take one with a colon for a stream's address.
 
     Raises:
         UserError: it is such a name.
     """
-    text = in_utf8(str(Path(path).absolute()))
+    text = in_utf8(os.path.join(".", path))
     if not is_utf8(text):
         raise UserError(f"{path} is not a name in UTF-8, which OpenCV needs for videos; rename it.")
     return text

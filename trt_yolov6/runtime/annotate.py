@@ -102,7 +102,7 @@ def infer_source(
         if options.gpus > 1:
             raise UserError("the frames of a video go through one GPU; leave `gpus` out.")
         clip = open_video(media, frames, stop)
-        return _infer_video(engine, media, clip, output, formats, options, progress)
+        return _infer_video(engine, media, clip, output, formats, options, stop, progress)
     return _infer_pictures(engine, media, str(source), output, formats, options, progress)
 
 
@@ -221,6 +221,7 @@ def _infer_video(
     output: Path,
     formats: Sequence[Format],
     options: PredictOptions,
+    stop: Callable[[], bool],
     progress: bool,
 ) -> InferenceSummary:
     start = time.perf_counter()
@@ -253,6 +254,8 @@ def _infer_video(
                 warnings += step.notes
                 seconds += step.inference_seconds
                 bar.update(len(step.batch.items))
+        if not files.images and stop():
+            raise UserError(f"{name} was stopped before its first frame; nothing is written.")
         if not files.images:
             raise UserError(f"{name} holds no frame that can be decoded; replace it.")
         if not writer.close() or not _is_whole(temporary, writer.frames):
@@ -260,7 +263,7 @@ def _infer_video(
                 f"{target} could not be written in full; free disk space or give another `output`.",
             )
     # The count in the header is an estimate in some formats, though a close one.
-    if files.images < 0.9 * clip.announced:
+    if files.images < 0.9 * clip.announced and not stop():
         warnings.append(
             f"{name} ends after {files.images} of the {clip.announced} frames it announces; they "
             "were processed, the rest is missing or damaged."
