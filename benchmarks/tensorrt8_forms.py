@@ -163,16 +163,19 @@ def weighted_shortcuts(form: str, channels: int = 128, size: int = 80) -> onnx.M
     """Return a stack of L: four blocks with SiLU and weighted shortcuts, and the other path.
 
     Args:
-        form: `sum`, `plain` (without the factor: what it costs), `convolution` (the factor and the
-            sum as a 1x1 convolution of both terms) or `none` (no shortcuts).
+        form: `sum`, `plain` (without the factor: what it costs), `rescaled` (`plain`, channels
+            multiplied after SiLU, as equalization does), `convolution` (the factor and the sum as
+            a 1x1 convolution of both terms) or `none` (no shortcuts).
         channels: of every tensor.
         size: width and height of every tensor.
     """
     part, same, factor = Part(), (channels, channels), 0.75
+    scales = np.linspace(0.5, 2, channels, dtype=np.float32)[:, None, None]
 
     def block(source: str, kernel: int) -> str:
         inner = part.conv(source, same, kernel)
-        return part.node("Mul", [inner, part.node("Sigmoid", [inner])])
+        gated = part.node("Mul", [inner, part.node("Sigmoid", [inner])])
+        return part.node("Mul", [gated, part.constant(scales)]) if form == "rescaled" else gated
 
     whole = part.conv_relu("images", (3, channels), 3, 2)
     tensor, other = block(whole, 1), block(whole, 1)
@@ -181,7 +184,7 @@ def weighted_shortcuts(form: str, channels: int = 128, size: int = 80) -> onnx.M
         if form == "sum":
             number = part.constant(np.array(factor, np.float32))
             tensor = part.node("Add", [inner, part.node("Mul", [tensor, number])])
-        elif form == "plain":
+        elif form in ("plain", "rescaled"):
             tensor = part.node("Add", [inner, tensor])
         elif form == "convolution":
             eye = np.eye(channels, dtype=np.float32)
@@ -354,6 +357,13 @@ def _with_both_terms(model: onnx.ModelProto, placement: Placement) -> Placement:
     return dataclasses.replace(placement, tensors=tuple(tensors))
 
 
+def _with_one_term(model: onnx.ModelProto, placement: Placement) -> Placement:
+    """Leave the first terms of sums out."""
+    first = {node.input[0] for node in model.graph.node if node.op_type == "Add"}
+    kept = tuple(name for name in placement.tensors if name not in first)
+    return dataclasses.replace(placement, tensors=kept)
+
+
 def _with_first_output(model: onnx.ModelProto, placement: Placement) -> Placement:
     """Quantize what the first convolution writes, before its activation."""
     (name, *_) = (node.output[0] for node in model.graph.node if node.op_type == "Conv")
@@ -398,8 +408,12 @@ def forms() -> dict[str, onnx.ModelProto]:
     found["weighted_stack.int8"] = quantized(row)
     found["weighted_stack.int8-both_terms"] = quantized(row, _with_both_terms)
     plain = weighted_shortcuts("plain")
-    found["weighted_stack.int8-plain"] = quantized(plain)
+    found["weighted_stack.int8-plain"] = quantized(plain, _with_one_term)
     found["weighted_stack.int8-plain_both_terms"] = quantized(plain, _with_both_terms)
+    rescaled = weighted_shortcuts("rescaled")
+    found["rescaled_stack.fp16"] = to_fp16(rescaled)
+    found["rescaled_stack.int8-one_term"] = quantized(rescaled, _with_one_term)
+    found["rescaled_stack.int8-both_terms"] = quantized(rescaled, _with_both_terms)
     found["weighted_stack.int8-scales"] = _with_factors_in_scales(
         quantized(plain, _with_both_terms), 0.75
     )

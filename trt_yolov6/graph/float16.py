@@ -27,6 +27,7 @@ def to_fp16(model: onnx.ModelProto, keep_float32: Collection[str] = ()) -> onnx.
         keep_float32: names of nodes that keep computing in float32.
     """
     import onnx_graphsurgeon as gs
+    from onnx_graphsurgeon.logger import G_LOGGER
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     # Suppression and its index arithmetic have no half-precision kernels to speak of.
@@ -44,7 +45,8 @@ def to_fp16(model: onnx.ModelProto, keep_float32: Collection[str] = ()) -> onnx.
         op_block_list=blocked,
         node_block_list=list(kept),
     )
-    graph = gs.import_onnx(converted)
+    with G_LOGGER.suppress(G_LOGGER.ERROR):  # it prints that NumPy has no FP8
+        graph = gs.import_onnx(converted)
     _remove_bounces(graph)
     # The converter puts its casts at the end of the node list.
     sorted_model: onnx.ModelProto = gs.export_onnx(graph.cleanup().toposort())

@@ -193,9 +193,11 @@ class _Job:
         if self._overlaps is not None:
             self._overlaps.put(total[0], covariance[0])
         self._sum, self._products, self._overlaps = None, [], None
-        mean = total * (self._unit / self._count)
-        covariance *= self._unit**2 / self._count
-        return mean, covariance.baddbmm_(mean.unsqueeze(2), mean.unsqueeze(1), alpha=-1)
+        # Of codes all of this is whole numbers below 2^53: what does not vary has no variance.
+        covariance *= self._count
+        covariance.baddbmm_(total.unsqueeze(2), total.unsqueeze(1), alpha=-1)
+        covariance *= (self._unit / self._count) ** 2
+        return total * (self._unit / self._count), covariance
 
     def rounded(
         self,
