@@ -11,11 +11,12 @@ images to say.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,18 @@ _MANY_PLACES = 1024
 its error. All of them would take half as much memory again."""
 
 
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """With ten bits of mantissa a convolution on a GPU is off by more than INT8's rounding."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@_without_tf32()
 def reconstruct(
     graph: Graph,
     float_model: onnx.ModelProto,
@@ -85,22 +98,6 @@ def reconstruct(
     Raises:
         UserError: the graph has an operator that is not known here.
     """
-    # With ten bits of mantissa a convolution on a GPU is off by more than INT8's rounding.
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        return _reconstructed(graph, float_model, quantized_model, images, seconds)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
-def _reconstructed(
-    graph: Graph,
-    float_model: onnx.ModelProto,
-    quantized_model: onnx.ModelProto,
-    images: Sequence[NDArray[Any]],
-    seconds: float,
-) -> onnx.ModelProto:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers = [one.output for one in quantized_layers(quantized_model) if one.has_own_codes]
     teacher = TorchGraph(float_model, layers).to(device).requires_grad_(False)
