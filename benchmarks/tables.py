@@ -667,10 +667,15 @@ def tensorrt8_again() -> str:
             run[row["precision"]] = row["ms"]
     lines = []
     for (network, gpu, batch, date), times in sorted(runs.items()):
-        if (network, batch) in (("yolov6n", 32), ("yolov6s", 32)) and {
-            "fp16",
-            "int8",
-        } <= times.keys():
+        if (
+            batch == 32
+            and network in ("yolov6n", "yolov6s")
+            and {
+                "fp16",
+                "int8",
+            }
+            <= times.keys()
+        ):
             fp16, int8 = times["fp16"], times["int8"]
             cells = [f"{fp16:.3f}", f"{int8:.3f}", f"{fp16 / int8:.2f}"]
             lines.append([_variant(network), gpu, date, *cells])

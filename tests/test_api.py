@@ -214,6 +214,26 @@ def test_what_is_not_an_image_and_options_without_an_effect_are_refused(detector
         PredictOptions(batch=1.5)  # type: ignore[arg-type]
 
 
+def test_images_of_a_data_set_with_items_alone_are_several(detector: Detector) -> None:
+    class Pair:  # as PyTorch's `Subset`
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Any:
+            if index > 1:
+                raise IndexError
+            return image(index, 0, 0)
+
+    assert len(detector.predict(Pair())) == 2  # type: ignore[arg-type]
+
+
+def test_a_batch_in_the_settings_may_be_the_graphs(folder: Path) -> None:
+    graph = trt_yolov6.export(folder / "yolov6n.pt", batch=1, image_size=64)
+    settings = trt_yolov6.BuildSettings(batch=graph.batch)
+    built = trt_yolov6.build(graph, settings=settings, output=folder / "again.onnx")
+    assert built.manifest.batch == graph.batch
+
+
 def test_a_video_is_not_an_image(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`annotate` reads those"):
         detector.predict("rtsp://camera/stream")

@@ -261,7 +261,7 @@ def test_a_video_s_relative_path_may_have_a_colon(
 
 def test_a_list_of_images_is_called_one(tmp_path: Path, engine: Engine) -> None:
     (tmp_path / "list.txt").write_text("a.jpg\nb.jpg\n")
-    with pytest.raises(UserError, match=r"list\.txt is a text; give images, .*only Ray reads"):
+    with pytest.raises(UserError, match=r"list\.txt is a text file; give images, .*only Ray reads"):
         infer_source(engine, tmp_path / "list.txt", tmp_path / "out", progress=False)
 
 
@@ -437,7 +437,7 @@ def test_what_answers_in_another_protocol_is_named(tmp_path: Path, engine: Engin
         ("http://127.0.0.1:9/\udcff.jpg", "does not answer"),
         ("98", "the camera 98 cannot be opened"),
         ("none/*.jpg", r"none/\*\.jpg matches no file"),
-        ("", "an empty text is not the path of images"),
+        ("", "an empty string is not the path of images"),
         ("file:///etc/passwd", "begins with file://, which is not supported"),
     ],
 )

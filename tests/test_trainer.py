@@ -374,7 +374,7 @@ def test_mistakes_cost_one_line(
     assert "for a GPU" in complaint(capsys, *base, "--compile", "--device", "cpu")
     assert "no_such" in complaint(capsys, *base, "--val-split", "no_such")
     said = complaint(capsys, *base, "--model", "n", "--set", "losses.use_dfl=true")
-    assert "give --dfl, or `losses.use_dfl` false" in said
+    assert "give `losses.use_dfl` false, or train from random weights with --dfl" in said
     assert not (tmp_path / "run" / "settings.json").exists()
 
 
@@ -407,8 +407,8 @@ def test_a_folder_in_use_is_left_alone(data: Path, tiny: Path, tmp_path: Path) -
     train(settings, tmp_path, progress=False)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "best.pt").write_bytes(b"another program's")
-    for folder in (tmp_path, tmp_path / "other"):
-        with pytest.raises(UserError, match="holds a training already"):
+    for folder, what in ((tmp_path, "a training already"), (tmp_path / "other", r"a best\.pt of")):
+        with pytest.raises(UserError, match=f"holds {what}"):
             train(settings, folder, progress=False)
     slow = dataclasses.replace(settings.optimizer, momentum=0.5)
     other = dataclasses.replace(settings, optimizer=slow)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 from trt_yolov6.engines.base import Engine, LoadOptions
 from trt_yolov6.runtime.detector import Detector
-from trt_yolov6.spec import PredictOptions
+from trt_yolov6.spec import PredictOptions, is_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -147,8 +147,9 @@ def benchmark(
     images, predict = how.pop("images", None), how.pop("predict", None)
     if images is None and predict is not None:
         raise UserError("`predict` is for timing with `images`; leave it out.")
-    if how.get("streams", 1) < 1:
-        raise UserError(f"`streams` {how['streams']} is out of range; give 1 or more.")
+    streams = how.get("streams", 1)
+    if not (is_whole(streams) and streams > 0):
+        raise UserError(f"`streams` {streams!r} is out of range; give a whole number from 1.")
     if images is not None and how.pop("streams", 1) > 1:
         raise UserError("`streams` is for the engine alone; leave it out.")
     with contextlib.ExitStack() as stack:
@@ -303,7 +304,9 @@ def train(
         settings = data
         given = {"model": model, "weights": weights, **recipe}
         if unused := [name for name, value in given.items() if value is not None]:
-            raise UserError(f"`data` holds all settings; leave `{unused[0]}` out, or change them.")
+            raise UserError(
+                f"`data` holds all settings; leave `{unused[0]}` out, or change the settings."
+            )
     else:
         checkpoint = load_checkpoint(weights) if weights else None
         name = model or (checkpoint.arch.name if checkpoint else "s")

@@ -181,7 +181,7 @@ def quantize(
     wanted = Precision.parse(precision)
     if not wanted.quantizes:
         raise UserError(f"quantize makes int8 or fp8, not {wanted}; give that to `export`.")
-    _check_given(calibration, wanted)
+    _given(calibration, wanted)
     settings = quantization_settings(wanted, settings)
     check_settings(settings)
     _check_labelled(wanted, options)
@@ -252,8 +252,9 @@ def build(
     _check_options("build", options, BuildOptions)
     wanted = None if precision is None else Precision.parse(precision)
     settings = settings or BuildSettings()
-    if settings.batch != BatchProfile():
-        options = {"batch": settings.batch, **options}
+    known = (BatchProfile(), source.batch if isinstance(source, Graph) else None)
+    if options.get("batch") is None and settings.batch not in known:
+        options = {**options, "batch": settings.batch}
     progress = options.get("progress", settings.progress)
     settings = dataclasses.replace(
         settings,
@@ -468,8 +469,9 @@ def _is_checkpoint(source: str | Path | Checkpoint) -> bool:
     if not isinstance(source, (str, Path)):
         return True
     path = Path(source)
-    if path.suffix in (*CHECKPOINT_SUFFIXES, ".onnx") or not path.is_file():
-        return path.suffix in CHECKPOINT_SUFFIXES
+    suffix = path.suffix.lower()
+    if suffix in (*CHECKPOINT_SUFFIXES, ".onnx") or not path.is_file():
+        return suffix in CHECKPOINT_SUFFIXES
     with path.open("rb") as file:
         return file.read(2) in (b"PK", b"\x80\x02")  # an archive, or an early version's pickle
 
@@ -497,8 +499,7 @@ def _check_quantizing(
     from trt_yolov6.engines.int8_probe import computes
     from trt_yolov6.quantization.settings import check_settings
 
-    _check_given(calibration, precision)
-    assert calibration is not None
+    calibration = _given(calibration, precision)
     how = quantization_settings(precision, options.get("quantization"))
     check_settings(how)
     calibration_images(calibration)
@@ -506,11 +507,12 @@ def _check_quantizing(
         raise all_in_float(precision.base, backend, settings.target or "this machine's GPU")
 
 
-def _check_given(calibration: object, precision: Precision) -> None:
+def _given(calibration: str | Path | None, precision: Precision) -> str | Path:
     if calibration is None:
         raise UserError(
             f"{precision} needs calibration images; name a folder of them as `calibration`.",
         )
+    return calibration
 
 
 def _for_tensorrt(graph: Graph) -> Graph:

@@ -50,7 +50,7 @@ class Precision:
     (`auto`), or these. With FP8 only by name."""
 
     def __post_init__(self) -> None:
-        check_choice_of_layers(self.float_layers)
+        object.__setattr__(self, "float_layers", choice_of_layers(self.float_layers))
         if self.base not in ("fp32", "fp16", "int8", "fp8") or self.rest not in ("fp32", "fp16"):
             raise UserError(f"{self.base}+{self.rest} is not a precision; {_PRECISIONS}.")
         if not self.quantizes and (self.rest != "fp32" or self.float_layers not in (0, ())):
@@ -87,13 +87,20 @@ class Precision:
         return self.base + ("+fp16" if self.rest == "fp16" else "") + (layers and f":{layers}")
 
 
-def check_choice_of_layers(layers: object) -> None:
-    """Raise UserError for what is not a choice of float layers, see `Precision.float_layers`."""
+def choice_of_layers(layers: Any) -> Any:
+    """Return a choice of float layers, see `Precision.float_layers`; NumPy's numbers as Python's.
+
+    Raises:
+        UserError: it is another value.
+    """
+    if is_whole(layers) and layers >= 0:
+        return int(layers)
     is_names = isinstance(layers, tuple) and all(isinstance(one, str) for one in layers)
-    if not (is_names or layers == "auto" or type(layers) is int):
+    if not (is_names or layers == "auto"):
         raise UserError(
             f"`float_layers` is {layers!r}; give a number of layers, auto or a tuple of names."
         )
+    return layers
 
 
 OutputLayout = Literal[
@@ -146,9 +153,15 @@ def is_whole(value: object) -> bool:
 
 
 def two_sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """Return height and width of a size that is one side, or both."""
-    height, width = size if isinstance(size, Sequence) else (size, size)
-    return operator.index(height), operator.index(width)
+    """Return height and width of a size that is one side, or both.
+
+    Raises:
+        UserError: it is something else.
+    """
+    sides = tuple(size) if isinstance(size, (list, tuple, np.ndarray)) else (size, size)
+    if len(sides) != 2 or not all(map(is_whole, sides)):
+        raise UserError(f"the size {size!r} is not whole; give one side, or height and width.")
+    return int(sides[0]), int(sides[1])
 
 
 @dataclass(frozen=True)

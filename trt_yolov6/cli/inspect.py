@@ -39,6 +39,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _next(file: Path) -> tuple[str, str, str, Path]:
     """Return the next step for a file of its kind, and the words of its command."""
-    if file.suffix in CHECKPOINT_SUFFIXES:
+    if file.suffix.lower() in CHECKPOINT_SUFFIXES:
         return "an engine of it", "build", "--weights", file
     return "its speed", "bench", "--engine", file

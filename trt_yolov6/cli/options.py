@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
     def _option_of(self, file: Path) -> str | None:
         """Return the option of this command that takes a file of that kind."""
-        if file.suffix in CHECKPOINT_SUFFIXES:
+        if file.suffix.lower() in CHECKPOINT_SUFFIXES:
             kinds = ["--weights"]
         elif file.suffix in ENGINE_SUFFIXES:
             kinds = ["--engine", "--onnx"] if file.suffix == ".onnx" else ["--engine"]

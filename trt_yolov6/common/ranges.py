@@ -43,11 +43,15 @@ class Checked:
         cls: Any = type(self)
         for name, kind in _annotations(cls).items():
             value = getattr(self, name)
-            if hasattr(value, "item"):  # NumPy's numbers are numbers as well, except for JSON
+            if (
+                getattr(value, "shape", None) == ()
+            ):  # NumPy's numbers are numbers as well, except for JSON
                 value = value.item()
                 object.__setattr__(self, name, value)
             if isinstance(value, dict):  # msgspec would take it for the class's fields
-                raise UserError(f"`{name}` is a dictionary; give a value of its class.")
+                raise UserError(
+                    f"`{name}` is a dictionary; give a {getattr(kind, '__name__', kind)}."
+                )
             if not dataclasses.is_dataclass(value):  # such a one checks itself
                 fitting(value, kind, f"`{name}`")
 

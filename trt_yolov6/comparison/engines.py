@@ -310,7 +310,9 @@ def _source(work: Work, entry: ModelEntry) -> SourceFile:
     path = entry.path
     if not path.is_file():
         raise UserError(f"{path} does not exist; check the path.")
-    if path.suffix in CHECKPOINT_SUFFIXES and (entry.names or entry.decoder or entry.preprocess):
+    if path.suffix.lower() in CHECKPOINT_SUFFIXES and (
+        entry.names or entry.decoder or entry.preprocess
+    ):
         raise UserError(
             f"{path} is a checkpoint, which is a YOLOv6 and has its class names itself; leave "
             "`names`, `decoder` and `preprocess` out of its entry."
@@ -345,7 +347,7 @@ def _described(work: Work, entry: ModelEntry, sha256: str) -> SourceFile:
     """Find out what a file is; its hash is known."""
     path = entry.path
     manifest = read_manifest(path)
-    if path.suffix in CHECKPOINT_SUFFIXES:
+    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
         from trt_yolov6.checkpoints.loading import load_checkpoint  # needs PyTorch
 
         load_checkpoint(path)  # refused now, not after others have been built

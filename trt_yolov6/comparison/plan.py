@@ -65,7 +65,9 @@ class ModelEntry:
     """Changes to the family's pre-processing, each FIELD=VALUE of `Preprocessing`."""
 
     def __post_init__(self) -> None:
-        _change(self, path=Path(self.path), imgsz=self.imgsz and two_sides(self.imgsz))
+        _change(
+            self, path=Path(self.path), imgsz=None if self.imgsz is None else two_sides(self.imgsz)
+        )
 
     @property
     def label(self) -> str:
@@ -200,7 +202,7 @@ def plan_of(
                 f"{path} is a plan, which names its models itself; give it alone, or models alone."
             )
     for path in paths:
-        if path.suffix not in MODEL_SUFFIXES:
+        if path.suffix.lower() not in MODEL_SUFFIXES:
             raise UserError(
                 f"{path} is not a checkpoint, ONNX file or engine ({', '.join(MODEL_SUFFIXES)}); "
                 "name such a file."

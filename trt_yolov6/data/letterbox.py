@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.preprocessing import Fit, Interpolation
 from trt_yolov6.errors import UserError
+from trt_yolov6.spec import is_whole
 
 GRAY = 114
 """Value of the pixels around the image, in all three channels."""
@@ -215,9 +216,10 @@ def resolve_border(
                 f"{height}x{width}; give `border` between 0 and {(min(image_size) - 1) // 2}.",
             )
         return border
-    if isinstance(resize, Sequence) and len(resize) != 2:
+    sides = resize if isinstance(resize, (tuple, list)) else (resize, resize)
+    if len(sides) != 2 or not all(map(is_whole, sides)):
         raise UserError(f"`resize` is {resize!r}; give a side, or (height, width).")
-    if not isinstance(resize, Sequence):
+    if not isinstance(resize, (tuple, list)):
         # The side of a square target; on other inputs, the longer side.
         shrink = max(image_size) - resize
         resize = height - shrink, width - shrink

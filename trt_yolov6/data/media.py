@@ -113,7 +113,7 @@ def find_media(source: str | Path) -> Pictures | Video:
     """
     text = str(source)
     if not text or not isinstance(source, (str, os.PathLike, int)):
-        what = "an empty text" if not text else f"a {type(source).__name__}"
+        what = "an empty string" if not text else f"a {type(source).__name__}"
         raise UserError(f"{what} is not the path of images or of a video; give one.")
     if is_address(text):
         return _from_address(text)
@@ -137,7 +137,8 @@ def _from_file(path: Path) -> Pictures | Video:
         return Video(str(path), path.stem, is_live=False)
     if path.suffix.lower() == ".txt" and not _is_picture(read_bytes(path)):
         raise UserError(
-            f"{path} is a text; give images, a folder or a glob (only Ray reads lists of images)."
+            f"{path} is a text file; give images, a folder or a glob (only Ray reads lists of "
+            "images)."
         )
     return Pictures((Picture(path.name, str(path), path),), is_single=True)
 

@@ -77,7 +77,7 @@ def engine_stem(graph: Graph, target: str | None = None) -> str:
         for item in runtime_inputs(graph.model)
     ):
         parts.append("uint8")
-    if graph.source.suffix in CHECKPOINT_SUFFIXES and graph.output_layout == "end2end":
+    if graph.source.suffix.lower() in CHECKPOINT_SUFFIXES and graph.output_layout == "end2end":
         parts.append("end2end")
     if target is not None:
         parts.append(target)

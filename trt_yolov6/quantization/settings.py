@@ -15,7 +15,7 @@ from trt_yolov6.quantization.judge import HARMLESS_NOISE, least_agreement
 from trt_yolov6.quantization.mixed_precision import most_sensitive
 from trt_yolov6.quantization.qdq.placement import place_for
 from trt_yolov6.quantization.types import INT8, QuantizedType
-from trt_yolov6.spec import check_choice_of_layers
+from trt_yolov6.spec import choice_of_layers
 
 _MOST_MINUTES = 24 * 60
 
@@ -57,7 +57,7 @@ class QuantizationSettings(Checked):
     """Gray pixels around each image, as in evaluation."""
 
     def __post_init__(self) -> None:
-        check_choice_of_layers(self.float_layers)
+        object.__setattr__(self, "float_layers", choice_of_layers(self.float_layers))
         super().__post_init__()
 
 

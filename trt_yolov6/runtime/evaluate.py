@@ -333,7 +333,7 @@ class _Tally:
         self.start = self.engine_done = time.perf_counter()
         self._notes = dict.fromkeys(self.truth.notes)
         if engine.nms not in (None, NmsSettings()):
-            self._notes[f"{engine.name} suppresses boxes itself: {_listed(engine.nms)}"] = None
+            self._notes[f"{engine.name} suppresses boxes itself, at {_listed(engine.nms)}"] = None
         self._seconds = dict.fromkeys(
             ("read", "preprocess", "inference", "postprocess", "coco"), 0.0
         )

@@ -151,7 +151,7 @@ def _items(images: Images) -> list[_Item]:
         return [_Item(picture.path, picture.read, picture.open) for picture in media.items]
     several: Any = images
     is_array = hasattr(images, "__array__") or hasattr(images, "__array_interface__")
-    is_one = not isinstance(several, Iterable) or isinstance(several, _BYTES)
+    is_one = isinstance(several, _BYTES) or not _can_be_iterated(several)
     if is_one or (is_array and np.ndim(several) in (2, 3)):
         several = [several]  # one array or tensor, or a PIL image
     found: list[_Item] = []
@@ -162,6 +162,14 @@ def _items(images: Images) -> list[_Item]:
             pixels = functools.partial(_checked_image, image, len(found))
             found.append(_Item(None, pixels, pixels))
     return found
+
+
+def _can_be_iterated(value: Any) -> bool:
+    try:
+        iter(value)  # a PyTorch data set has only `__getitem__`
+    except TypeError:
+        return False
+    return True
 
 
 def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
@@ -549,16 +557,16 @@ def default_nms(engine: Engine) -> NmsSettings:
 
 def shown_nms(inside: NmsSettings | None) -> NmsSettings:
     """Return the thresholds of what is shown; `inside` are those of a graph that has some."""
-    return _from(SHOWN_CONFIDENCE, inside)
+    return _at_least(SHOWN_CONFIDENCE, inside)
 
 
 def measured_nms(inside: NmsSettings | None) -> NmsSettings:
     """Return the thresholds of evaluation and timing; `inside` as for `shown_nms`."""
-    return _from(NmsSettings.confidence, inside)
+    return _at_least(NmsSettings.confidence, inside)
 
 
 @functools.lru_cache(maxsize=64)
-def _from(confidence: float, inside: NmsSettings | None) -> NmsSettings:
+def _at_least(confidence: float, inside: NmsSettings | None) -> NmsSettings:
     inside = inside or NmsSettings()
     return dataclasses.replace(inside, confidence=max(confidence, inside.confidence))
 

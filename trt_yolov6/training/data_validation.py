@@ -76,7 +76,13 @@ def settle(
         content = {**dataclasses.asdict(report), "annotation_file": str(report.annotation_file)}
         write_json(report_file, content)
     elif report_file is not None:
-        Path(report_file).unlink(missing_ok=True)
+        try:
+            Path(report_file).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{report_file} is of other data and cannot be deleted ({error.strerror}); delete "
+                "it, or name another file."
+            ) from error
     count = len(report.problems)
     if not count or on_bad_data == "skip":
         return

@@ -63,7 +63,7 @@ def starting_model(
     if settings.batch == 1 and settings.image_size == arch.size_multiple:
         raise UserError(
             f"one image of {settings.image_size} pixels leaves the deepest batch normalizations "
-            "one value, of which they make nothing; give a larger `batch` or `image_size`."
+            "a single value, which they cannot normalize; give a larger `batch` or `image_size`."
         )
     return start
 

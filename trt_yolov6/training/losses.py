@@ -102,7 +102,7 @@ def default_losses(arch: Architecture) -> LossSettings:
     VariFocal loss; SIoU for N and T, GIoU for all others; DFL where the head predicts
     distributions; objectness where the head has it.
     """
-    # By its name: N with another activation, say, is an N still.
+    # By its name, so that N from random weights is an N with another activation, say, as well.
     is_small = arch.name.startswith(("yolov6n", "yolov6t"))
     return LossSettings(
         box="siou" if is_small else "giou",
@@ -212,14 +212,14 @@ def check_losses(settings: LossSettings, arch: Architecture) -> None:
     if settings.use_dfl and not (arch.reg_max and arch.head == "distance"):
         raise UserError(
             "distribution focal loss needs a head that predicts distributions of distances; "
-            f"{arch.name} predicts boxes directly (reg_max is {arch.reg_max}); give `dfl`, or "
-            "`losses.use_dfl` false."
+            f"{arch.name} predicts boxes directly (reg_max is {arch.reg_max}); give "
+            "`losses.use_dfl` false, or train from random weights with `dfl`."
         )
     if settings.objectness and arch.head != "offset":
         raise UserError(
             "an objectness loss needs a head with an objectness output; "
             f"{arch.name} has the {arch.head!r} head, only the 'offset' head has one; give "
-            "`objectness`, or `losses.objectness` false."
+            "`losses.objectness` false, or train from random weights with `objectness`."
         )
     if arch.head == "offset" and not settings.objectness:
         raise UserError(

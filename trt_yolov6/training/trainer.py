@@ -284,10 +284,12 @@ def _open_folder(
         if processes.is_first:
             sweep(folder)
         return state
-    if any((folder / name).exists() for name in (SETTINGS_FILE, LAST_FILE, BEST_FILE)):
+    if any((folder / name).exists() for name in (SETTINGS_FILE, LAST_FILE)):
         raise UserError(
             f"{folder} holds a training already; give another `output`, or `resume` to go on.",
         )
+    if (folder / BEST_FILE).exists():
+        raise UserError(f"{folder} holds a {BEST_FILE} of another program; give another `output`.")
     return None
 
 

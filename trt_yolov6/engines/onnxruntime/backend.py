@@ -341,11 +341,13 @@ def _exactly(content: bytes, options: LoadOptions) -> tuple[bytes, bool]:
 
     from trt_yolov6.quantization.qdq import integer_arithmetic as exactly
 
-    try:
-        onnx.checker.check_model(content)
-    except (onnx.checker.ValidationError, ValueError):  # what opens the session says so
-        return content, False
-
+    versions = {item.domain: item.version for item in graph.opset_import}
+    for node in graph.graph.node:
+        known = (node.op_type, versions.get(node.domain, 1), node.domain)
+        if onnx.defs.has(node.op_type, node.domain) and (
+            len(node.input) < onnx.defs.get_schema(*known).min_input
+        ):  # what opens the session says so
+            return content, False
     whole = exactly.with_integer_convolutions(graph)
     exact = exactly.with_single_quantization(whole)
     return content if exact is graph else exact.SerializeToString(), whole is not graph

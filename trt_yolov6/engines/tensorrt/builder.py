@@ -45,7 +45,7 @@ _LOG = logging.getLogger(__name__)
 MAX_OPTIMIZATION_LEVEL = 5
 
 # How often each kernel is timed: trtexec's number. With one timing, TensorRT's default, YOLOv6-M
-# got kernels 1.2 to 2 times as slow as L-ReLU got for the same shapes (one image, 8.6.0).
+# got kernels 1.2 to 2.2 times as slow as L-ReLU's for the same shapes (one image, 8.6.0).
 _TIMING_ITERATIONS = 8
 
 # Builds of one process go one after the other. Three threads that built with 8.6.0 made nothing in
