@@ -337,20 +337,26 @@ def _exactly(content: bytes, options: LoadOptions) -> tuple[bytes, bool]:
     graph = parsed_model(content) if on_cpu else None
     if graph is None:
         return content, False
-    import onnx
-
     from trt_yolov6.quantization.qdq import integer_arithmetic as exactly
 
-    versions = {item.domain: item.version for item in graph.opset_import}
-    for node in graph.graph.node:
-        known = (node.op_type, versions.get(node.domain, 1), node.domain)
-        if onnx.defs.has(node.op_type, node.domain) and (
-            len(node.input) < onnx.defs.get_schema(*known).min_input
-        ):  # what opens the session says so
-            return content, False
+    if _lacks_inputs(graph):  # what opens the session says so
+        return content, False
     whole = exactly.with_integer_convolutions(graph)
     exact = exactly.with_single_quantization(whole)
     return content if exact is graph else exact.SerializeToString(), whole is not graph
+
+
+def _lacks_inputs(model: onnx.ModelProto) -> bool:
+    """Return whether a node has fewer inputs than its operator takes."""
+    import onnx
+
+    versions = {item.domain.replace("ai.onnx", ""): item.version for item in model.opset_import}
+    for node in model.graph.node:
+        domain = node.domain.replace("ai.onnx", "")
+        known = (node.op_type, versions.get(domain, 1), domain)
+        if onnx.defs.has(*known) and len(node.input) < onnx.defs.get_schema(*known).min_input:
+            return True
+    return False
 
 
 def _spec(item: Any, path: Path) -> TensorSpec:
