@@ -42,18 +42,19 @@ class Checked:
     def __post_init__(self) -> None:
         cls: Any = type(self)
         for name, kind in _annotations(cls).items():
-            value = getattr(self, name)
-            if (
-                getattr(value, "shape", None) == ()
-            ):  # NumPy's numbers are numbers as well, except for JSON
-                value = value.item()
-                object.__setattr__(self, name, value)
+            value = plain(getattr(self, name))
+            object.__setattr__(self, name, value)
             if isinstance(value, dict):  # msgspec would take it for the class's fields
                 raise UserError(
                     f"`{name}` is a dictionary; give a {getattr(kind, '__name__', kind)}."
                 )
             if not dataclasses.is_dataclass(value):  # such a one checks itself
                 fitting(value, kind, f"`{name}`")
+
+
+def plain(value: Any) -> Any:
+    """Return a number of NumPy, which JSON does not take, as Python's; other values as they are."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def fitting(value: Any, kind: Any, subject: str, *, strict: bool = True) -> Any:

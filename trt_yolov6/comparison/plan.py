@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
+from trt_yolov6.common.ranges import plain
 from trt_yolov6.common.records import as_record, check_keys, read_yaml
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings, Precision, PredictOptions, is_whole, two_sides
@@ -113,9 +114,7 @@ class Plan:
     """Images whose detections are kept for the report."""
 
     def __post_init__(self) -> None:
-        # NumPy's numbers are numbers as well, except for JSON.
-        numbers = {key: one for key, one in vars(self).items() if getattr(one, "shape", None) == ()}
-        _change(self, **{key: one.item() for key, one in numbers.items()})
+        _change(self, **{name: plain(value) for name, value in vars(self).items()})
         models, batches = _several(self.models), _several(self.batches)
         _change(
             self,
