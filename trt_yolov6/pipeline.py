@@ -13,7 +13,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
+from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.common.files import check_writable
 from trt_yolov6.common.progress import a_line_a_minute
 from trt_yolov6.data.sources import check_source
@@ -469,9 +469,8 @@ def _is_checkpoint(source: str | Path | Checkpoint) -> bool:
     if not isinstance(source, (str, Path)):
         return True
     path = Path(source)
-    suffix = path.suffix.lower()
-    if suffix in (*CHECKPOINT_SUFFIXES, ".onnx") or not path.is_file():
-        return suffix in CHECKPOINT_SUFFIXES
+    if is_named_as_checkpoint(path) or path.suffix.lower() == ".onnx" or not path.is_file():
+        return is_named_as_checkpoint(path)
     with path.open("rb") as file:
         return file.read(2) in (b"PK", b"\x80\x02")  # an archive, or an early version's pickle
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
+from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.cli import options as common
 from trt_yolov6.cli.engines import resolved
 from trt_yolov6.cli.output import say_next, write_result
@@ -39,6 +39,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _next(file: Path) -> tuple[str, str, str, Path]:
     """Return the next step for a file of its kind, and the words of its command."""
-    if file.suffix.lower() in CHECKPOINT_SUFFIXES:
+    if is_named_as_checkpoint(file):
         return "an engine of it", "build", "--weights", file
     return "its speed", "bench", "--engine", file

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
+from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError, did_you_mean
 
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
     def _option_of(self, file: Path) -> str | None:
         """Return the option of this command that takes a file of that kind."""
-        if file.suffix.lower() in CHECKPOINT_SUFFIXES:
+        if is_named_as_checkpoint(file):
             kinds = ["--weights"]
         elif file.suffix in ENGINE_SUFFIXES:
             kinds = ["--engine", "--onnx"] if file.suffix == ".onnx" else ["--engine"]

@@ -13,7 +13,7 @@ import onnx
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.bench.roofline import graph_work
-from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
+from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.common.records import as_record
 from trt_yolov6.comparison.cache import Steps
@@ -310,9 +310,7 @@ def _source(work: Work, entry: ModelEntry) -> SourceFile:
     path = entry.path
     if not path.is_file():
         raise UserError(f"{path} does not exist; check the path.")
-    if path.suffix.lower() in CHECKPOINT_SUFFIXES and (
-        entry.names or entry.decoder or entry.preprocess
-    ):
+    if is_named_as_checkpoint(path) and (entry.names or entry.decoder or entry.preprocess):
         raise UserError(
             f"{path} is a checkpoint, which is a YOLOv6 and has its class names itself; leave "
             "`names`, `decoder` and `preprocess` out of its entry."
@@ -347,7 +345,7 @@ def _described(work: Work, entry: ModelEntry, sha256: str) -> SourceFile:
     """Find out what a file is; its hash is known."""
     path = entry.path
     manifest = read_manifest(path)
-    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
+    if is_named_as_checkpoint(path):
         from trt_yolov6.checkpoints.loading import load_checkpoint  # needs PyTorch
 
         load_checkpoint(path)  # refused now, not after others have been built

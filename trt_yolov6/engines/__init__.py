@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
+from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
@@ -126,7 +126,7 @@ def load_engine(
     """
     path = Path(path)
     _check_exists(path)
-    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
+    if is_named_as_checkpoint(path):
         raise UserError(
             f"{path} is a checkpoint, not an engine; build one with `trt-yolov6 build --weights "
             f"{path}`."

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 
 from trt_yolov6.backends import BACKENDS
-from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
+from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.common.files import (
     check_folder,
     check_writable,
@@ -77,7 +77,7 @@ def engine_stem(graph: Graph, target: str | None = None) -> str:
         for item in runtime_inputs(graph.model)
     ):
         parts.append("uint8")
-    if graph.source.suffix.lower() in CHECKPOINT_SUFFIXES and graph.output_layout == "end2end":
+    if is_named_as_checkpoint(graph.source) and graph.output_layout == "end2end":
         parts.append("end2end")
     if target is not None:
         parts.append(target)
