@@ -528,7 +528,7 @@ def test_a_video_that_the_disk_has_no_room_for_is_refused_and_not_left_behind(
     write_video(source, frames)
     with files_no_larger_than(size), pytest.raises(UserError, match=named):
         infer_source(engine, source, tmp_path / "out", SURE, progress=False)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def one(box: list[float], label: int = 0) -> Detections:

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trt_yolov6.common.files import check_writable, unwritable
+from trt_yolov6.common.files import check_writable, made_folder, unwritable
 from trt_yolov6.engines import LoadOptions
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
 from trt_yolov6.errors import UserError
@@ -209,13 +209,9 @@ def export_triton(
 
 def _write_entries(models: Sequence[ServedModel], texts: Sequence[str], output: Path) -> None:
     """Write all entries, or none."""
-    absent = [folder for folder in (output, *output.absolute().parents) if not folder.exists()]
     undo = contextlib.ExitStack()
     try:
-        with undo:
-            if absent:
-                undo.callback(shutil.rmtree, absent[-1], ignore_errors=True)
-            output.mkdir(parents=True, exist_ok=True)
+        with made_folder(output), undo:
             # A name with a dot in front, which Triton does not take for a model.
             with tempfile.TemporaryDirectory(prefix=".writing.", dir=output) as draft:
                 for model, text in zip(models, texts, strict=True):
