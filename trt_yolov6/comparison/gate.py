@@ -15,7 +15,7 @@ from typing import Any
 
 from trt_yolov6.common.statistics import Interval, ratio_of
 from trt_yolov6.common.text import counted
-from trt_yolov6.comparison.results import latency_of
+from trt_yolov6.comparison.results import THRESHOLDS, latency_of
 from trt_yolov6.errors import UserError
 
 SAME_ENGINE = Interval(1.0, 1.0, 1.0)
@@ -199,7 +199,7 @@ def check_basis(
                 f"{baseline['data'].get('split')}); compare on the same one, or make a new "
                 "baseline."
             )
-    for key in ("confidence", "iou", "max_detections", "border"):
+    for key in THRESHOLDS:
         now, before = settings.get(key), baseline["settings"].get(key)
         if now != before:
             raise UserError(
