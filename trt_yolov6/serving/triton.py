@@ -245,6 +245,11 @@ def served_model(
     manifest = read_manifest(path)
     if manifest is not None:
         check_plan(path, manifest)
+        if loading and (loading.decoder not in (None, manifest.decoder) or loading.preprocess):
+            raise UserError(
+                f"{path} has a manifest, which names its decoder and its preprocessing; leave "
+                "`decoder` and `preprocess` out, or build it again with them."
+            )
     elif path.suffix == ".onnx":
         from trt_yolov6.engines.build import graph_manifest
         from trt_yolov6.graph.onnx_import import graph_from_onnx
