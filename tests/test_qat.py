@@ -545,6 +545,10 @@ def test_bad_data_is_found_before_the_calibration(
             ["--data", "{shapes}", "--weights", "{tiny}", "--no-distillation", "--temperature=2"],
             "leave --no-distillation out",
         ),
+        (
+            ["--data", "{shapes}", "--weights", "{tiny}", "--fixed-scales", "--scale-lr", "0.1"],
+            "leave --fixed-scales out",
+        ),
         (["--data", "{shapes}", "--weights", "{tiny}", "--cache-version", "8.6.1"], "add it"),
         (["--data", "{shapes}", "--weights", "{tiny}", "--resume"], "leave --resume out"),
         (["--data", "{shapes}", "--weights", "{tiny}", "--imgsz", "100"], "multiple of 32"),

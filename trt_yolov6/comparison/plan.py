@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+from trt_yolov6.backends import PLAN_SUFFIXES
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
 from trt_yolov6.common.ranges import plain
 from trt_yolov6.common.records import as_record, check_keys, read_yaml
@@ -43,7 +44,7 @@ from trt_yolov6.spec import NmsSettings, Precision, PredictOptions, is_whole, tw
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
-MODEL_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".onnx", ".trt", ".plan", ".engine")
+MODEL_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".onnx", *PLAN_SUFFIXES)
 """A checkpoint, an ONNX file or engine, and TensorRT's plans under their usual names."""
 
 
