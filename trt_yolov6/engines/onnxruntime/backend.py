@@ -143,11 +143,12 @@ def _read(
     graph = parsed_model(content) if manifest is None else None
     if graph is None:
         return content, None, ()
-    from trt_yolov6.graph.files import read_weights
+    from trt_yolov6.graph.files import read_weights, sort_nodes
     from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
     from trt_yolov6.graph.outputs import drop_other_outputs
 
-    has_changed = read_weights(graph, path)
+    # ONNX Runtime would sort the nodes itself; what rewrites the graph before goes by their order.
+    has_changed = any([read_weights(graph, path), sort_nodes(graph)])
     if len(runtime_inputs(graph)) > 1:
         graph = with_one_input(graph, path)
         has_changed = True
@@ -275,13 +276,11 @@ class OnnxRuntimeEngine(Engine):
         The graph is run once more, without ONNX Runtime's rewriting and with every tensor as an
         output.
         """
-        from trt_yolov6.graph.files import sort_nodes
         from trt_yolov6.graph.index import tensor_value
 
         graph = parsed_model(_read(self.path, self.manifest, self.load_options.decoder)[0])
         if graph is None:
             return None
-        sort_nodes(graph)
         for weight in graph.graph.initializer:
             values = tensor_value(weight)
             if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
