@@ -144,16 +144,13 @@ def _read(
     if graph is None:
         return content, None, ()
     from trt_yolov6.graph.files import read_weights, sort_nodes
-    from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
+    from trt_yolov6.graph.inputs import with_one_input
     from trt_yolov6.graph.outputs import drop_other_outputs
 
     # ONNX Runtime would sort the nodes itself; what rewrites the graph before goes by their order.
-    has_changed = any([read_weights(graph, path), sort_nodes(graph)])
-    if len(runtime_inputs(graph)) > 1:
-        graph = with_one_input(graph, path)
-        has_changed = True
+    changes = read_weights(graph, path), sort_nodes(graph), with_one_input(graph, path)
     dropped = drop_other_outputs(graph, path, decoder)
-    return graph.SerializeToString() if has_changed or dropped else content, graph, dropped
+    return graph.SerializeToString() if any(changes) or dropped else content, graph, dropped
 
 
 class OnnxRuntimeEngine(Engine):
