@@ -368,7 +368,7 @@ def test_a_slower_engine_fails_side_by_side_with_the_baselines(
         (["--max-slowdown", "3"], "--baseline"),
         (["--precisions", "int4"], "int4"),
         (["--batches", "0"], "above 0"),
-        (["--rounds", "1"], "3 or more"),
+        (["--rounds", "1"], "at least 3"),
         (["--baseline", "none.json"], "none.json"),
         (["--split", "none"], "none"),
         (["plan.yaml"], "give it alone"),

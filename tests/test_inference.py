@@ -560,6 +560,12 @@ def test_labels_stay_whole_inside_the_picture(shape: tuple[int, int]) -> None:
         assert changed(*corner) > 0.9 * free
 
 
+def test_half_a_surrogate_pair_in_a_name_is_drawn_as_a_question_mark() -> None:
+    image = np.zeros((100, 100, 3), np.uint8)
+    half, mark = (draw_detections(image, one([9, 40, 60, 80]), [name]) for name in ("\ud83d", "?"))
+    np.testing.assert_array_equal(half, mark)
+
+
 def test_lines_grow_with_the_picture() -> None:
     def thickness(side: int) -> int:
         image = np.full((side, side, 3), 128, np.uint8)

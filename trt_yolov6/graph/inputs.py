@@ -1,7 +1,9 @@
-"""Bind auxiliary inputs (`scale_factor`, `im_shape`) to constants, leaving one input, the image.
+"""Leave a graph one input, the image: auxiliary ones become constants, weights are none any more.
 
 PaddleDetection's exports take the factor that an image was resized by, to give boxes in the
 original image, and some its size. With a factor of 1 boxes come in input pixels, as elsewhere.
+Before version 4 of the format, weights had to be inputs, too, and some exporters still write them
+so; ONNX Runtime then folds nothing into them, and conversions leave them out.
 """
 
 from __future__ import annotations
@@ -43,11 +45,11 @@ def input_spec(model: onnx.ModelProto) -> TensorSpec:
 
 def with_one_input(
     model: onnx.ModelProto, path: str | Path, image_size: tuple[int, int] | None = None
-) -> onnx.ModelProto:
-    """Return the graph with the image as its only input.
+) -> bool:
+    """Make the image a graph's only input; return whether it was not.
 
     Args:
-        model: returned as it is where it has one input; else changed in place.
+        model: changed in place.
         path: for messages.
         image_size: height and width of the input; None reads it off the image input.
 
@@ -77,10 +79,14 @@ def with_one_input(
         # One row serves a free batch: it is broadcast.
         value = np.tile(np.array(row, spec.dtype), (batch, 1))
         add_initializers(model.graph, {item.name: value})
-        model.graph.input.remove(item)
-        # Before version 4 of the format an initializer had to be an input as well.
-        model.ir_version = max(model.ir_version, 4)
-    return model
+    if len(model.graph.input) == 1:
+        return False
+    image = onnx.ValueInfoProto()
+    image.CopyFrom(runtime_inputs(model)[0])
+    del model.graph.input[:]
+    model.graph.input.append(image)
+    model.ir_version = max(model.ir_version, 4)
+    return True
 
 
 def input_size(model: onnx.ModelProto, path: str | Path) -> tuple[int, int] | None:
