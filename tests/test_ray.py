@@ -476,7 +476,8 @@ def test_where_no_cluster_answers_nothing_is_left(
 ) -> None:
     # Neither a folder nor a job that the next one would have to fit. Ray is connected to here.
     arguments = ["--engine", tiny, "--source", pictures, "--output", tmp_path / "runs" / "out"]
-    command = [sys.executable, "-m", "trt_yolov6", "infer", *arguments, "--ray", "127.0.0.1:9"]
+    command = [sys.executable, "-m", "trt_yolov6", "infer", *map(str, arguments)]
+    command += ["--ray", "127.0.0.1:9"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "does not lead to a cluster" in done.stderr
