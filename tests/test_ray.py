@@ -475,9 +475,9 @@ def test_where_no_cluster_answers_nothing_is_left(
     tiny: Path, pictures: Path, tmp_path: Path
 ) -> None:
     # Neither a folder nor a job that the next one would have to fit. Ray is connected to here.
-    arguments = ["--engine", tiny, "--source", pictures, "--output", tmp_path / "runs" / "out"]
-    command = [sys.executable, "-m", "trt_yolov6", "infer", *map(str, arguments)]
-    command += ["--ray", "127.0.0.1:9"]
+    arguments: list[str | Path] = ["--engine", tiny, "--source", pictures, "--ray", "127.0.0.1:9"]
+    arguments += ["--output", tmp_path / "runs" / "out"]
+    command = [sys.executable, "-m", "trt_yolov6", "infer", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "does not lead to a cluster" in done.stderr
