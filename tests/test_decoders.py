@@ -15,10 +15,12 @@ from typing import Any
 import cv2
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from support import family_graphs as families
 from support.family_graphs import NAMES, SURE
 
@@ -587,6 +589,47 @@ def test_inputs_beside_the_image_become_constants(tmp_path: Path) -> None:
         graph_from_onnx(path)
 
 
+def test_images_in_half_precision_are_cast_to_it(tmp_path: Path) -> None:
+    model = convert_float_to_float16(families.yolov8(), keep_io_types=False)
+    path = tmp_path / "half.onnx"
+    onnx.save(model, path)
+    graph = graph_from_onnx(path)
+    assert graph.precision == "fp16"
+    built = build_engine(graph, backend="onnxruntime", output=tmp_path / "built.onnx")
+    images = np.random.default_rng(0).random((1, 3, 64, 64), np.float32)
+    (expected,) = onnxruntime.InferenceSession(path).run(None, {"images": images.astype("f2")})
+    for one in (built.path, path):
+        with load_engine(one) as engine:
+            found = engine.infer(images)["output0"]
+        np.testing.assert_allclose(found, expected, rtol=2e-3)  # a last digit or two
+
+
+@pytest.mark.parametrize("ir_version", [3, 8])
+def test_weights_that_are_inputs_too_become_constants(ir_version: int, tmp_path: Path) -> None:
+    path, data = tmp_path / "v8.onnx", families.write_dataset(tmp_path / "data", "letterbox")
+    found = []
+    for as_inputs in (False, True):
+        model = families.yolov8()
+        if as_inputs:
+            model.ir_version = ir_version
+            model.graph.input.extend(
+                onnx.helper.make_tensor_value_info(item.name, item.data_type, item.dims)
+                for item in model.graph.initializer
+            )
+        onnx.save(model, path)
+        graph, half = graph_from_onnx(path), graph_from_onnx(path, fp16=True)
+        assert half.model.ByteSize() < 0.6 * graph.model.ByteSize()
+        settings = QuantizationSettings(calibrator="minmax", equalize=False, bias_correction=False)
+        int8 = quantize(graph, data / "images" / "val", settings).graph
+        engines = [build_engine(int8, backend="onnxruntime", output=tmp_path / "8.onnx").path, path]
+        for one in engines:
+            with load_engine(one) as engine:
+                images = np.random.default_rng(0).random((1, 3, 64, 64), np.float32)
+                found.append(engine.infer(images))
+    for plain, with_inputs in zip(found[:2], found[2:], strict=True):
+        np.testing.assert_array_equal(plain["output0"], with_inputs["output0"])
+
+
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [
@@ -637,6 +680,14 @@ def test_metadata_that_is_no_list_of_names_is_left_alone(names: str, tmp_path: P
     onnx.save(model, tmp_path / "odd.onnx")
     graph = graph_from_onnx(tmp_path / "odd.onnx")
     assert graph.class_names == ("class_0", "class_1", "class_2")
+
+
+def test_names_in_json_are_what_json_means(tmp_path: Path) -> None:
+    model, names = families.yolov8(metadata=False), ("🚗", "a/b", "\\n")
+    text = json.dumps(names).replace("/", "\\/")  # as PHP escapes it
+    model.metadata_props.add(key="names", value=text)
+    onnx.save(model, tmp_path / "json.onnx")
+    assert graph_from_onnx(tmp_path / "json.onnx").class_names == names
 
 
 def test_a_changed_preprocessing_is_kept_in_the_manifest(tmp_path: Path) -> None:

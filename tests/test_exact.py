@@ -17,6 +17,7 @@ from support.quantized import prepared_sample
 from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.engines import load_engine
+from trt_yolov6.graph.editing import set_nodes
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.integer_arithmetic import (
@@ -292,6 +293,19 @@ def test_an_engine_computes_on_whole_numbers(sample: Start, tmp_path: Path) -> N
         np.testing.assert_array_equal(found[name], values)
     # Layers are found again by their names.
     assert {"relu", "conv2d"} & {name.removesuffix("_nchwc") for name in times}
+
+
+def test_nodes_out_of_order_are_computed_on_whole_numbers_too(tmp_path: Path) -> None:
+    model = quantized_detector()
+    set_nodes(model.graph, list(reversed(model.graph.node)))
+    path = tmp_path / "reversed.onnx"
+    path.write_bytes(model.SerializeToString())
+    images = random_images(1)[0]
+    with load_engine(path) as engine:
+        assert "integer arithmetic" in (engine.note or "")
+        found = engine.infer(images)
+    for name, values in run(with_integer_convolutions(quantized_detector()), images).items():
+        np.testing.assert_array_equal(found[name], values)
 
 
 def test_the_graph_given_stays_as_it_is() -> None:

@@ -20,7 +20,7 @@ from trt_yolov6.data.letterbox import fit
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx
-from trt_yolov6.models import VARIANTS, Architecture, YOLOv6, architecture, build_model
+from trt_yolov6.models import VARIANTS, Architecture, YOLOv6, architecture
 from trt_yolov6.models.head import HeadLevel
 from trt_yolov6.spec import BatchProfile, NmsSettings
 
@@ -94,7 +94,7 @@ def test_a_network_that_is_traced_once_is_what_its_own_trace_gives(
 ) -> None:
     # Biases of zeros and equal ones, as before any training.
     torch.manual_seed(0)
-    model = build_model(KINDS["plain"])
+    model = YOLOv6(KINDS["plain"])
     found = export_onnx(model, verify=False)
     monkeypatch.setattr(torch.onnx, "export", traced_once)
     assert export_onnx(model, verify=False) == found
@@ -198,7 +198,8 @@ def test_each_network_has_its_own_size_and_multiple() -> None:
 
 
 def test_n_takes_no_more_nodes_than_its_layers_and_a_decoding_of_sixteen() -> None:
-    model = build_model(architecture("yolov6n", num_classes=3))  # as the sample's, which is traced
+    # The sample's, which is traced anyway.
+    model = YOLOv6(architecture("yolov6n", num_classes=3))
     graph = export_onnx(model, ExportSettings((64, 96)), verify=False).graph
     kinds = Counter(node.op_type for node in graph.node)
     # Counted on paper: 20 backbone, 21 neck and 15 head convolutions; 41 ReLU; 9 SiLU of two nodes;

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from trt_yolov6.backends import BACKENDS
+from trt_yolov6.backends import BACKENDS, PLAN_SUFFIXES
 from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError, did_you_mean
@@ -25,7 +25,7 @@ SAMPLE_CALIB = Path("calib")
 CACHE_VERSION = "8.6.1"
 ENGINES = Path("engines")
 CALIBRATORS = ("auto", "margin", "minmax", "entropy", "percentile", "mse")
-ENGINE_SUFFIXES = {*(row.suffix for row in BACKENDS.values()), ".plan", ".engine"}
+ENGINE_SUFFIXES = {*(row.suffix for row in BACKENDS.values()), *PLAN_SUFFIXES}
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 """Group of the command line's commands, for `add_parser`."""

@@ -75,11 +75,11 @@ def run(options: argparse.Namespace) -> None:
     if options.report:
         by_ap = result if result.metric == "ap" else None
         print(fallback_report(graph, calibrated, score, by_ap=by_ap))
+    if options.json:
+        write_result(options.json, result.to_json())
     if options.plot:
         write_chart(result, options.plot)
         say(f"{options.plot}: drawn")
-    if options.json:
-        write_result(options.json, result.to_json())
     source = ("--onnx", options.onnx) if options.onnx else ("--weights", graph.source)
     kept = "--float-layers", min(6, len(result.layers))
     say_next(options, "without the most sensitive", "build", "--int8", *source, *kept)

@@ -43,7 +43,12 @@ def names_in(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
 
     This package writes them as a JSON list, Ultralytics as a Python dictionary.
     """
-    value = literal(metadata.get("names", ""))
+    text = metadata.get("names", "")
+    try:
+        # Not as Python, which makes two halves of what JSON writes as a surrogate pair.
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = literal(text)
     if isinstance(value, dict):
         # Numbers in YOLOv5 to 26, texts in files that went through JSON.
         by_number = {str(key): name for key, name in value.items()}

@@ -63,7 +63,7 @@ def graph_from_onnx(
     path = Path(path)
     model = read_onnx(path)
     metadata = {item.key: item.value for item in model.metadata_props}
-    model = with_one_input(model, path, image_size)
+    with_one_input(model, path, image_size)
     size, profile = _fix_input(model, path, image_size, batch, metadata)
     dropped = drop_other_outputs(model, path, decoder)
     outputs = [value_spec(item, path) for item in model.graph.output]

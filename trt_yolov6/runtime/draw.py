@@ -90,8 +90,9 @@ def _draw_label(
     letter: float,
 ) -> None:
     """Write `text` in a filled box above the box (x1, y1, y2), or inside it for want of room."""
-    if cv2.__version__.startswith("4."):  # its letters exist for ASCII only
-        text = text.encode("ascii", "replace").decode()
+    # OpenCV 4 has letters for ASCII only; OpenCV 5 crashes over half a surrogate pair.
+    encoding = "ascii" if cv2.__version__.startswith("4.") else "utf-8"
+    text = text.encode(encoding, "replace").decode()
     height, width = canvas.shape[:2]
     scale = letter / _FONT_HEIGHT
     stroke = max(1, round(letter / 10))

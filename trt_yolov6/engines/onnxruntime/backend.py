@@ -141,18 +141,16 @@ def _read(
     """
     content = read_bytes(path)
     graph = parsed_model(content) if manifest is None else None
-    if graph is None:
+    if graph is None or not graph.graph.input:  # cut short, which what opens the session says
         return content, None, ()
-    from trt_yolov6.graph.files import read_weights
-    from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
+    from trt_yolov6.graph.files import read_weights, sort_nodes
+    from trt_yolov6.graph.inputs import with_one_input
     from trt_yolov6.graph.outputs import drop_other_outputs
 
-    has_changed = read_weights(graph, path)
-    if len(runtime_inputs(graph)) > 1:
-        graph = with_one_input(graph, path)
-        has_changed = True
+    # ONNX Runtime would sort the nodes itself; what rewrites the graph before goes by their order.
+    changes = read_weights(graph, path), sort_nodes(graph), with_one_input(graph, path)
     dropped = drop_other_outputs(graph, path, decoder)
-    return graph.SerializeToString() if has_changed or dropped else content, graph, dropped
+    return graph.SerializeToString() if any(changes) or dropped else content, graph, dropped
 
 
 class OnnxRuntimeEngine(Engine):
@@ -275,13 +273,11 @@ class OnnxRuntimeEngine(Engine):
         The graph is run once more, without ONNX Runtime's rewriting and with every tensor as an
         output.
         """
-        from trt_yolov6.graph.files import sort_nodes
         from trt_yolov6.graph.index import tensor_value
 
         graph = parsed_model(_read(self.path, self.manifest, self.load_options.decoder)[0])
         if graph is None:
             return None
-        sort_nodes(graph)
         for weight in graph.graph.initializer:
             values = tensor_value(weight)
             if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
