@@ -70,7 +70,7 @@ def test_outputs_equal_pytorch_for_every_kind_of_network(kind: str) -> None:
 
 
 def kinds_of_layers(arch: Architecture) -> Architecture:
-    """What is left of an architecture without numbers of layers, channels, bins and classes."""
+    """An architecture with the kinds of layers of another, whatever their numbers."""
     alike = dataclasses.replace(arch, name="", num_classes=1, stage_channels=(), neck_channels=())
     return dataclasses.replace(
         alike,
