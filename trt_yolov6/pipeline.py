@@ -120,7 +120,7 @@ def export(
     Raises:
         UserError: the source is not a detector, or an option does not apply to it.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import export
         >>> graph = export("yolov6n.pt", image_size=64, batch=1, output="yolov6n.onnx")
         >>> graph.name, graph.precision, graph.image_size, graph.class_names
@@ -164,7 +164,7 @@ def quantize(
     Raises:
         UserError: the source is not a float32 detector, or the images cannot calibrate it.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import QuantizationSettings, quantize
         >>> quick = QuantizationSettings(calibrator="minmax", equalize=False, bias_correction=False)
         >>> graph = quantize("yolov6n.onnx", "calib", settings=quick)
@@ -242,7 +242,7 @@ def build(
     Raises:
         UserError: the backend is missing or refuses a setting, or see `export` and `quantize`.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import build
         >>> built = build("yolov6n.onnx", precision="fp16", output="yolov6n-fp16.onnx")
         >>> built.manifest.precision, built.manifest.backend

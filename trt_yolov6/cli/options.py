@@ -372,11 +372,8 @@ def or_sample(given: Path | None, option: str, sample: Path) -> Path:
     if given is not None:
         return given
     if not sample.exists():
-        raise UserError(
-            f"no {option} is given and {sample}, the sample's, is not here; name yours with "
-            f"{option}."
-        )
-    say(f"no {option} given: taking {sample}, the sample's")
+        raise UserError(f"{option} is missing, and the sample's {sample} is not here; name yours.")
+    say(f"no {option} given: taking the sample's {sample}")
     return sample
 
 
