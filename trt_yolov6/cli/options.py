@@ -146,7 +146,7 @@ def add_data(
 
 def add_image_size(
     parser: argparse._ActionsContainer,
-    text: str = "input size, a multiple of 32 (640; P6 1280, Lite 320)",
+    text: str = "input size, a multiple of 32 (`train`'s; the authors' 640, P6 1280, Lite 320)",
     dest: str = "image_size",
 ) -> None:
     """Add --imgsz."""
