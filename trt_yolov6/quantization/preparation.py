@@ -99,7 +99,7 @@ class Prepared:
         """
         return self._ranges(self.placed(float_layers), method)
 
-    def inserted(self, method: Method, float_layers: tuple[str, ...] = ()) -> onnx.ModelProto:
+    def inserted(self, method: Method, float_layers: tuple[str, ...]) -> onnx.ModelProto:
         """Return the Q/DQ graph by a calibrator, with some layers in float."""
         placement = self.placed(float_layers)
         amax = self._ranges(placement, method)
