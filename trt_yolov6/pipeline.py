@@ -327,7 +327,7 @@ def _quantized_for(
 
 
 def quantization_settings(
-    precision: Precision, settings: QuantizationSettings | None = None
+    precision: Precision, settings: QuantizationSettings | None
 ) -> QuantizationSettings:
     """Return settings whose type, rest and float layers are those of a precision."""
     from trt_yolov6.quantization.settings import QuantizationSettings
