@@ -34,7 +34,8 @@ compiling=$!
 said=$(mktemp)
 {
     .venv/bin/mypy
-    NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+    # Not --quiet: then no warning counts.
+    NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 } >"$said" 2>&1 &
 checking=$!
 wait "$fetching"
