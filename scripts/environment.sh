@@ -12,7 +12,7 @@ bash scripts/venv.sh
 stamp=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 marker=".venv/.ready-$stamp-${extras:-base}"
 if [ ! -e "$marker" ]; then
-    echo "installing into .venv, once: some 2 GB, and several more where pip takes PyTorch's CUDA" \
+    echo "installing into .venv, once: 1.2 GB, and several more where pip takes PyTorch's CUDA" \
         "build, the default on Linux; nothing is compiled ..." >&2
     # Off a terminal pip draws no bar, and for minutes there is nothing else to see.
     (while sleep 30; do echo "  ... $(du -sm .venv | cut -f1) MB so far" >&2; done) &

@@ -75,7 +75,7 @@ def test_build_without_arguments_takes_the_sample_and_says_so(
 ) -> None:
     assert main(["build", "--backend", "onnxruntime", "--quiet"]) == 0
     captured = capsys.readouterr()
-    assert "taking samples/yolov6n_bccd.pt, the sample's" in captured.out
+    assert "taking the sample's samples/yolov6n_bccd.pt" in captured.out
     assert "next, " not in captured.out  # --quiet
     assert "engines/yolov6n_bccd-fp32.onnx" in captured.out
     manifest = json.loads((workplace / "engines" / "yolov6n_bccd-fp32.json").read_text())
@@ -154,7 +154,7 @@ def test_samples_that_are_not_here_are_not_offered(
     for stages in ("--end-to-end", "--stages"):
         said = refusal(capsys, "bench", "--engine", "tiny_split_None_False.onnx", stages)
         assert said.endswith(
-            "samples/images/val, the sample's, is not here; name yours with --source."
+            "--source is missing, and the sample's samples/images/val is not here; name yours."
         )
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("build --weights FILE.pt")
@@ -241,6 +241,7 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["export", "--calibrator", "mse"], "--calibration-cache"),
         (["export", "--calibration-cache", "samples/README.md"], "is not a calibration cache"),
         (["export", "--calibration-cache", "x", "--cache-version", "11.0.0"], "11.0.0"),
+        (["export", "--calibration-cache", "x", "--fp16"], "leave --fp16 out"),
         (["sensitivity", "--split", "val"], "--data"),
         (["sensitivity", "--onnx", "none.onnx"], "none.onnx"),
         (["build", "--fp16", "--fp32"], "not allowed with"),
@@ -249,6 +250,11 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["bench", "--conf", "0.5"], "--conf is for --end-to-end"),
         (["inspect", "samples/README.md", "--json", "samples"], "samples"),
         (["eval", "--engine", "samples/yolov6n_bccd.pt"], "trt-yolov6 build --weights"),
+        (["eval", "--engine", "samples/README.md"], "samples/README.md is not an engine"),
+        (
+            ["bench", "--stages", "--layers", "--no-cuda-graph"],
+            "--layers and --stages are separate",
+        ),
         (["bench"], "trt-yolov6 build"),
         (["eval", "--engine", "engines/none.trt"], "engines/none.trt"),
         (["eval", "--conf", "2", "--engine", "none.onnx"], "none.onnx"),
@@ -291,7 +297,7 @@ def test_calibration_without_images_asks_for_them(
     monkeypatch.chdir(tmp_path)
     write_tiny(tmp_path / "tiny.pt")
     said = refusal(capsys, "build", "--weights", "tiny.pt", "--int8")
-    assert "calib, the sample's, is not here; name yours with --calib" in said
+    assert "--calib is missing, and the sample's calib is not here; name yours." in said
 
 
 def test_a_checkpoint_is_built_though_it_is_given_as_an_onnx_file(tiny: str) -> None:

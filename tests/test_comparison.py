@@ -26,6 +26,7 @@ from support.logs import logged
 from trt_yolov6.cli import main
 from trt_yolov6.common.files import sha256_file, write_json
 from trt_yolov6.comparison.cache import Steps
+from trt_yolov6.comparison.engines import Work, cases_of
 from trt_yolov6.comparison.plan import ModelEntry, Plan, plan_of
 from trt_yolov6.comparison.results import read_results
 from trt_yolov6.comparison.run import compare
@@ -367,7 +368,7 @@ def test_a_slower_engine_fails_side_by_side_with_the_baselines(
         (["--max-slowdown", "3"], "--baseline"),
         (["--precisions", "int4"], "int4"),
         (["--batches", "0"], "above 0"),
-        (["--rounds", "1"], "3 or more"),
+        (["--rounds", "1"], "at least 3"),
         (["--baseline", "none.json"], "none.json"),
         (["--split", "none"], "none"),
         (["plan.yaml"], "give it alone"),
@@ -433,6 +434,20 @@ def test_a_detector_of_other_classes_is_timed_without_ap(
     assert results["timings"][0]["latency_ms"]["median"] > 0
     assert any("is timed without AP" in line for line in told)
     read_results(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "asked", [{"precisions": ("int8",)}, {"backends": ("tensorrt-rtx",)}, {"imgsz": (32, 32)}, {}]
+)
+def test_an_engine_that_is_not_as_asked_is_said_to_be_taken_as_it_is(
+    finished: Path, data: Path, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    engine = finished / "engines" / "coarse_fp32.onnx"
+    plan = plan_of([engine], data=data, batches=(1,), **asked)
+    with logged() as told:
+        cases = cases_of(Work(plan, tmp_path, Steps(tmp_path)))
+    assert [(case.choice, case.source.precision) for case in cases] == [(None, "fp32")]
+    assert any("is fp32 already and is taken as it is" in line for line in told) is bool(asked)
 
 
 def test_imgsz_is_that_of_every_model_that_has_none_of_its_own(tmp_path: Path) -> None:

@@ -214,11 +214,40 @@ def test_the_extra_an_install_line_names_exists(name: str) -> None:
 def test_the_answer_of_a_real_gpu_is_understood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_path(tmp_path, monkeypatch, f'echo "{H200.strip()}"')
+    on_path(tmp_path, monkeypatch, f'echo "0, GPU-1a2b, {H200.strip()}"')
     (gpu,) = read_gpus()
     assert (gpu.name, gpu.driver, gpu.compute_capability) == ("NVIDIA H200", "580.159.04", "9.0")
     assert (gpu.sm_mhz, gpu.sm_max_mhz, gpu.memory_mhz) == (1980, 1980, 3201)
     assert (gpu.power_limit_w, gpu.persistence, gpu.slowed_by) == (700.0, True, ())
+
+
+@pytest.mark.parametrize(
+    ("visible", "clocks"),
+    [
+        (None, [300, 1500, 900]),
+        ("1", [1500]),
+        ("2, 0", [900, 300]),
+        ("GPU-b", [1500]),
+        ("0,7,1", [300]),
+        ("-1", []),
+        ("", []),
+        ("MIG-GPU-b/1/0", [300, 1500, 900]),
+    ],
+)
+def test_gpus_are_those_that_cuda_shows_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, clocks: list[int]
+) -> None:
+    # As NVIDIA's programming guide has CUDA_VISIBLE_DEVICES: numbers or the beginnings of UUIDs;
+    # of several, those in front of the first that there is not.
+    lines = [
+        f"{index}, GPU-{'abc'[index]}0, A100, 580.1, 8.0, 81920, {mhz}, 1980, 1, 1, 400, Enabled, 0"
+        for index, mhz in enumerate((300, 1500, 900))
+    ]
+    on_path(tmp_path, monkeypatch, "\n".join(f"echo '{line}'" for line in lines))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.sm_mhz for gpu in read_gpus()] == clocks
 
 
 def test_gpu_fields_that_are_not_supported_are_unknown_and_slowdowns_are_named() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from trt_yolov6.common.files import (
     atomic_path,
     check_writable,
+    one_writer,
     read_bytes,
     read_json,
     sha256_bytes,
@@ -35,6 +38,32 @@ def test_a_failure_leaves_the_old_content_and_no_other_file(tmp_path: Path) -> N
         fail_halfway()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("block", [atomic_path, one_writer, sole_writer])
+def test_a_failure_leaves_no_new_folder(
+    tmp_path: Path, block: Callable[[Path], contextlib.AbstractContextManager[object]]
+) -> None:
+    (tmp_path / "old").mkdir()
+
+    def fail() -> None:
+        with block(tmp_path / "old" / "new" / "newer" / "value.txt"):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+def test_a_new_folder_that_others_have_filled_stays(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_path(tmp_path / "new" / "value.txt"):
+            (tmp_path / "new" / "other").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new", tmp_path / "new" / "other"]
 
 
 def test_a_file_gets_the_permissions_of_a_plain_open(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def prepared(family: str, image: NDArray[np.uint8], kind: Any = np.float32) -> N
     shape = (None, 3, *SIZE) if kind is not np.uint8 else (None, *SIZE, 3)
     spec = TensorSpec("images", shape, np.dtype(kind))
     row = np.empty(shape[1:], kind)
-    fill_row(row, image, spec, preprocessing=FAMILIES[family].preprocessing)
+    fill_row(row, image, spec, 0, FAMILIES[family].preprocessing)
     return row
 
 
@@ -103,8 +103,8 @@ def test_changes_are_read_as_a_user_writes_them() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("fit", "fit is not understood; give FIELD=VALUE with a field of fit, interpolation"),
-        ("size=3", "give FIELD=VALUE"),
+        ("fit", "fit is not of the form FIELD=VALUE"),
+        ("size=3", "has no field size; the fields are fit, interpolation"),
         ("fit=middle", "choose one of letterbox, corner, stretch"),
         ("colour=grey", "choose one of rgb, bgr"),
         ("std=0", "numbers above 0"),
@@ -115,4 +115,4 @@ def test_changes_are_read_as_a_user_writes_them() -> None:
 )
 def test_changes_that_mean_nothing_are_refused(change: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        YOLOV6.with_changes(parse_changes([change]))
+        parse_changes([change])

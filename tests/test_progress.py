@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import pty
+import struct
+import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -56,6 +63,31 @@ def test_a_bar_of_another_format_keeps_its_words_in_a_log(monkeypatch: pytest.Mo
     with logged() as told, progress_bar(3, shown=True, bar_format="did {bar} {n} of {total}"):
         pass
     assert told[0] == "did 0 of 3"
+
+
+def test_on_a_terminal_a_line_is_not_glued_to_a_bar() -> None:
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    program = """
+import logging
+from trt_yolov6.cli.output import log_shown
+from trt_yolov6.common.progress import progress_bar
+with log_shown(), progress_bar(2, shown=True, desc="compare") as bar:
+    bar.update()
+    logging.getLogger("trt_yolov6.x").info("building one")
+    bar.update()
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=follower, stderr=follower)
+    assert child.wait(60) == 0
+    os.close(follower)
+    output = b""
+    with contextlib.suppress(OSError):  # Linux's word for the end
+        while part := os.read(leader, 4096):
+            output += part
+    os.close(leader)
+    (line,) = (line for line in output.decode().split("\r\n") if "building" in line)
+    assert "compare" in line  # the bar was drawn,
+    assert line.split("\r")[-1] == "building one"  # and gone by then
 
 
 def test_a_training_in_a_log_is_a_header_and_a_line_an_epoch(

@@ -369,17 +369,18 @@ def test_parts_tell_what_is_done(tmp_path: Path, form: PartFormat, is_address: b
     place = tmp_path / "out"
     folder = ResultFolder(f"file://{place}" if is_address else place)
     assert folder.names() == []
-    open_job(folder, {"engine": "a", "source": "s"})
+    job = {"engine": "a", "source": "s"}
+    open_job(folder, job)
     rows = [
         {"file": f"{n}.jpg", "width": 4, "height": 3, "detections": [found] * (n % 3)}
         for n, found in enumerate(
             [{"box": [0.0, 0.5, 1.25, 2.0], "score": 0.5, "class": 1, "name": "ü"}] * 25
         )
     ]
-    with PartWriter(folder, form, rows=10) as writer:
+    with PartWriter(folder, form, job, rows=10) as writer:
         for row in rows[:12]:
             writer.add(json.dumps(row))
-    failing = PartWriter(folder, form, rows=10)
+    failing = PartWriter(folder, form, job, rows=10)
     with contextlib.suppress(ZeroDivisionError), failing:
         for row in rows[12:]:
             failing.add(json.dumps(row))
@@ -387,7 +388,7 @@ def test_parts_tell_what_is_done(tmp_path: Path, form: PartFormat, is_address: b
     assert list(files_in(folder)) == [row["file"] for row in rows]
     assert rows_of(place) == rows
     assert len(parts.part_names(folder)) == 4
-    open_job(folder, {"engine": "a", "source": "s"})
+    open_job(folder, job)
     with pytest.raises(UserError, match="holds results of another engine"):
         open_job(folder, {"engine": "b", "source": "s"})
     (place / f"part-000001.{form}").write_bytes(b"PAR1 cut off")
@@ -430,13 +431,12 @@ def test_folders_that_cannot_be_written_or_are_another_s_are_refused(tmp_path: P
         with pytest.raises(UserError, match=r"cannot be .*(choose another|check `output`)"):
             open_job(ResultFolder(place), {"engine": "a"})
     folder = ResultFolder(tmp_path / "out")
-    open_job(folder, {"engine": "a"})
-    (tmp_path / "out" / parts.JOB_FILE).write_text("[1")
-    with pytest.raises(UserError, match="is damaged"):
-        open_job(folder, {"engine": "a"})
-    (tmp_path / "out" / parts.JOB_FILE).unlink()
+    (tmp_path / "out").mkdir()
     (tmp_path / "out" / "part-000001.jsonl").write_text("")
     with pytest.raises(UserError, match="holds parts but no"):
+        open_job(folder, {"engine": "a"})
+    (tmp_path / "out" / parts.JOB_FILE).write_text("[1")
+    with pytest.raises(UserError, match="is damaged"):
         open_job(folder, {"engine": "a"})
 
 
@@ -463,12 +463,25 @@ def test_listings_are_of_pictures_that_can_be_found(pictures: Path, tmp_path: Pa
 
 
 def test_a_part_does_not_wait_for_ever(tmp_path: Path) -> None:
-    with PartWriter(ResultFolder(tmp_path), "jsonl", seconds=0) as writer:
+    with PartWriter(ResultFolder(tmp_path), "jsonl", {}, seconds=0) as writer:
         writer.add('{"file": "a", "width": 1, "height": 1, "detections": []}')
         writer.flush_if_due()
         assert [row["file"] for row in rows_of(tmp_path)] == ["a"]
         writer.flush_if_due()
     assert len(list(tmp_path.glob("part-*"))) == 1
+
+
+def test_where_no_cluster_answers_nothing_is_left(
+    tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    # Neither a folder nor a job that the next one would have to fit. Ray is connected to here.
+    arguments: list[str | Path] = ["--engine", tiny, "--source", pictures, "--ray", "127.0.0.1:9"]
+    arguments += ["--output", tmp_path / "runs" / "out"]
+    command = [sys.executable, "-m", "trt_yolov6", "infer", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "does not lead to a cluster" in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_mistakes_cost_one_line(

@@ -408,6 +408,32 @@ def test_several_comparisons_are_told_apart(tmp_path: Path, results: dict[str, A
     assert len({row.name for row in rows}) == 2 * len(ENGINES)
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "said"),
+    [
+        ("data", "annotations_sha256", "another data set"),
+        ("data", "images_sha256", "other images"),
+        ("settings", "confidence", "another confidence"),
+    ],
+)
+def test_ap_of_something_else_is_not_put_next_to_it(
+    tmp_path: Path, results: dict[str, Any], part: str, key: str, said: str
+) -> None:
+    write_json(tmp_path / "one" / "results.json", results)
+    other = {**results, part: {**results[part], key: 0.25 if part == "settings" else "c" * 64}}
+    write_json(tmp_path / "two" / "results.json", other)
+    with pytest.raises(UserError, match=rf"two.results\.json is of {said} than in .*one"):
+        read_material([tmp_path / "one", tmp_path / "two"])
+
+
+def test_the_next_baseline_is_a_comparison_whatever_the_order(
+    files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", *map(str, files[::-1]), "--output", str(tmp_path / "x.md")]) == 0
+    baseline = capsys.readouterr().out.split("--baseline ")[1].strip()
+    assert json.loads(Path(baseline).read_text())["kind"] == "comparison"
+
+
 def test_the_command_writes_three_forms(
     files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

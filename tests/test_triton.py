@@ -526,6 +526,17 @@ def test_the_command_refuses_gpus_on_the_cpu(
     assert main(command) == 0
 
 
+@pytest.mark.parametrize("changes", [("--decoder", "yolox"), ("--preprocess", "colour=bgr")])
+def test_the_command_refuses_what_the_manifest_says(
+    engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: tuple[str, str]
+) -> None:
+    output = tmp_path / "models"
+    command = ["export-triton", "--engine", str(engine), "--output", str(output), *changes]
+    assert main(command) == 2
+    assert "leave --decoder and --preprocess out" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_manifests_tell_the_tensors(engine: Path) -> None:
     manifest = read_manifest(engine)
     assert isinstance(manifest, Manifest)

@@ -26,3 +26,6 @@ BACKENDS: dict[str, BackendRow] = {
     "onnxruntime": BackendRow("trt_yolov6.engines.onnxruntime.backend", ".onnx"),
 }
 """Backends by name, the fastest first: `auto` takes the first that works."""
+
+PLAN_SUFFIXES = (".trt", ".plan", ".engine")
+"""Usual file name extensions of TensorRT's plans."""

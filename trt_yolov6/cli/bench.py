@@ -62,8 +62,9 @@ def run(options: argparse.Namespace) -> None:
         names = "confidence", "iou", "max_detections", "images"
         why = "is for --end-to-end and --stages: the engine alone has no such stage."
         common.refuse(options, names, why)
-    if options.end_to_end and options.stages:
-        raise UserError("--end-to-end and --stages are separate measurements; give one of them.")
+    if options.stages:
+        why = "and --stages are separate measurements; give one of them."
+        common.refuse(options, ("end_to_end", "layers"), why)
     if options.streams > 1:
         why = "goes with one stream; leave it or --streams out."
         common.refuse(options, ("end_to_end", "stages"), why)

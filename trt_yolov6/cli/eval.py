@@ -51,12 +51,13 @@ def run(options: argparse.Namespace) -> None:
     result = (_evaluated_here if options.address is None else _evaluated_on_ray)(options, path)
     for note in result.notes:
         say(f"note: {note}")
-    print(_evaluation_text(result))
+    several = options.gpus > 1 or options.address is not None
+    print(_evaluation_text(result, several=several))
+    if options.json:
+        write_result(options.json, result.to_json())
     if options.plots and result.curves is not None and result.confusion is not None:
         for plot in write_plots(options.plots, result.class_names, result.curves, result.confusion):
             say(f"{plot}: drawn")
-    if options.json:
-        write_result(options.json, result.to_json())
     say_next(options, "its speed", "bench", "--engine", path)
 
 
@@ -91,12 +92,16 @@ def _evaluated_on_ray(options: argparse.Namespace, path: Path) -> Evaluation:
     )
 
 
-def _evaluation_text(result: Evaluation) -> str:
+def _evaluation_text(result: Evaluation, *, several: bool) -> str:
+    """Return a result as text; the times of `several` engines are sums over all of them."""
+
     def ap(value: float | None) -> str:
         return "   n/a" if value is None else f"{value:6.4f}"
 
     seconds = result.seconds
-    share = seconds.inference / result.wall_seconds
+    of = (
+        "summed over engines" if several else f"{seconds.inference / result.wall_seconds:.0%} of it"
+    )
     return "\n".join(
         [
             f"{result.engine} ({result.precision}, {result.backend}) on "
@@ -107,8 +112,8 @@ def _evaluation_text(result: Evaluation) -> str:
                 f"  AP {ap(value)}   {name}"
                 for name, value in zip(result.class_names, result.per_class, strict=True)
             ),
-            f"  {result.wall_seconds:.2f} s in all, {share:.0%} of it in the engine: inference "
-            f"{seconds.inference:.2f} s; in parallel read {seconds.read:.2f}, pre-process "
+            f"  {result.wall_seconds:.2f} s in all; inference {seconds.inference:.2f} s ({of}); in "
+            f"parallel read {seconds.read:.2f}, pre-process "
             f"{seconds.preprocess:.2f}, post-process {seconds.postprocess:.2f}, COCO matching "
             f"{seconds.coco:.2f}; {seconds.tail:.2f} s after the last batch",
         ]

@@ -15,6 +15,7 @@ from trt_yolov6.cli.graphs import (
     write_scales,
 )
 from trt_yolov6.cli.output import say_next
+from trt_yolov6.errors import UserError
 
 
 def add(commands: common.Commands) -> None:
@@ -35,12 +36,15 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.pipeline import export
 
     cache = options.calibration_cache
+    if cache and options.fp16:
+        raise UserError(
+            "--calibration-cache goes with a float32 graph; leave --fp16 out here, and give it to "
+            "`build`."
+        )
     check_cache(options, "calibration", "calibrator", "image_limit", "equalize")
     source = weights_or_sample(options.weights)
     check_graph_output(source, options.output)
-    # Calibration starts from float32.
-    precision = None if cache else float_precision(options)
-    graph = export(source, precision=precision, **checkpoint_options(options))
+    graph = export(source, precision=float_precision(options), **checkpoint_options(options))
     output = options.output or Path(f"{engine_stem(graph)}.onnx")
     if cache:
         graph, amax = calibrated(graph, options)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from trt_yolov6.backends import BACKENDS
+from trt_yolov6.backends import BACKENDS, PLAN_SUFFIXES
 from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError, did_you_mean
@@ -25,7 +25,7 @@ SAMPLE_CALIB = Path("calib")
 CACHE_VERSION = "8.6.1"
 ENGINES = Path("engines")
 CALIBRATORS = ("auto", "margin", "minmax", "entropy", "percentile", "mse")
-ENGINE_SUFFIXES = {*(row.suffix for row in BACKENDS.values()), ".plan", ".engine"}
+ENGINE_SUFFIXES = {*(row.suffix for row in BACKENDS.values()), *PLAN_SUFFIXES}
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 """Group of the command line's commands, for `add_parser`."""
@@ -146,7 +146,7 @@ def add_data(
 
 def add_image_size(
     parser: argparse._ActionsContainer,
-    text: str = "input size, a multiple of 32 (640; P6 1280, Lite 320)",
+    text: str = "input size, a multiple of 32 (`train`'s; the authors' 640, P6 1280, Lite 320)",
     dest: str = "image_size",
 ) -> None:
     """Add --imgsz."""
@@ -372,11 +372,8 @@ def or_sample(given: Path | None, option: str, sample: Path) -> Path:
     if given is not None:
         return given
     if not sample.exists():
-        raise UserError(
-            f"no {option} is given and {sample}, the sample's, is not here; name yours with "
-            f"{option}."
-        )
-    say(f"no {option} given: taking {sample}, the sample's")
+        raise UserError(f"{option} is missing, and the sample's {sample} is not here; name yours.")
+    say(f"no {option} given: taking the sample's {sample}")
     return sample
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def log_shown() -> Iterator[None]:
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            say(record.getMessage())
+            with _no_bar():
+                say(record.getMessage())
 
     log = logging.getLogger("trt_yolov6")
     handler, level = Lines(), log.level
@@ -35,6 +37,16 @@ def log_shown() -> Iterator[None]:
     finally:
         log.setLevel(level)
         log.removeHandler(handler)
+
+
+def _no_bar() -> contextlib.AbstractContextManager[object]:
+    """Take the bars off a terminal for a block: a line would be glued to them."""
+    if sys.stderr.isatty() and "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        without: contextlib.AbstractContextManager[object] = tqdm.external_write_mode()
+        return without
+    return contextlib.nullcontext()
 
 
 def say_next(options: argparse.Namespace, what: str, *words: object) -> None:

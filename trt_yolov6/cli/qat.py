@@ -127,6 +127,9 @@ def run(options: argparse.Namespace) -> None:
     if not options.distillation:
         names = "distill_weight", "temperature"
         common.refuse(options, names, "is for distillation; leave --no-distillation out.")
+    if not options.learn_scales:
+        why = "is for learned scales; leave --fixed-scales out."
+        common.refuse(options, ["scale_learning_rate"], why)
     settings = QatSettings(data=str(options.data), **common.chosen(options, *_SETTINGS))
     check_cache(options)
     checkpoint = load_checkpoint(options.weights)

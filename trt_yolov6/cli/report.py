@@ -45,4 +45,5 @@ def run(options: argparse.Namespace) -> None:
     for path in options.output:
         write_report(material, path, options.title)
         print(f"{path}: written, {path.stat().st_size / 1024:.0f} KiB")
-    say_next(options, "compared with this one", "compare", "...", "--baseline", options.results[0])
+    first = material.comparisons[0]
+    say_next(options, "compared with this one", "compare", "...", "--baseline", first.path)

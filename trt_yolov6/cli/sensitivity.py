@@ -17,7 +17,9 @@ def add(commands: common.Commands) -> None:
         commands, "sensitivity", run, "rank layers by their sensitivity to INT8"
     )
     common.add_checkpoint_or_onnx(parser, "a detector's float ONNX file")
-    common.add_image_size(parser, "input size (640; P6 1280, Lite 320)")
+    common.add_image_size(
+        parser, "input size (that of `train`; the authors' 640, P6 1280, Lite 320)"
+    )
     parser.add_argument(
         "--metric",
         choices=("mse", "snr", "cosine", "ap"),
@@ -75,11 +77,11 @@ def run(options: argparse.Namespace) -> None:
     if options.report:
         by_ap = result if result.metric == "ap" else None
         print(fallback_report(graph, calibrated, score, by_ap=by_ap))
+    if options.json:
+        write_result(options.json, result.to_json())
     if options.plot:
         write_chart(result, options.plot)
         say(f"{options.plot}: drawn")
-    if options.json:
-        write_result(options.json, result.to_json())
     source = ("--onnx", options.onnx) if options.onnx else ("--weights", graph.source)
     kept = "--float-layers", min(6, len(result.layers))
     say_next(options, "without the most sensitive", "build", "--int8", *source, *kept)

@@ -30,29 +30,40 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = check_writable(path)
     in_place = path.exists() and not path.is_file()
+    # By the stem, `training.state.sweep` knows what a kill left; names have a limit.
+    prefix = f".{path.stem[:40]}."
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # By the stem, `training.state.sweep` knows what a kill left; names have a limit.
-        prefix = f".{path.stem[:40]}."
-        handle, name = tempfile.mkstemp(path.suffix, prefix, None if in_place else path.parent)
+        with made_folder(path.parent):
+            handle, name = tempfile.mkstemp(path.suffix, prefix, None if in_place else path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            try:
+                yield temporary
+                if in_place:
+                    path.write_bytes(temporary.read_bytes())
+                else:
+                    # mkstemp makes files private; a plain open() gives these permissions.
+                    umask = os.umask(0)
+                    os.umask(umask)
+                    temporary.chmod(0o666 & ~umask)
+                    temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise unwritable(path, error) from error
-    os.close(handle)
-    temporary = Path(name)
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents for a block; at its end the new ones go that are empty."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
-        yield temporary
-        if in_place:
-            path.write_bytes(temporary.read_bytes())
-        else:
-            # mkstemp makes files private; give the result the permissions of a plain open().
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
-            temporary.replace(path)
-    except OSError as error:
-        raise unwritable(path, error) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there are files in it
+            for one in new:
+                one.rmdir()
 
 
 @contextlib.contextmanager
@@ -62,21 +73,16 @@ def one_writer(folder: str | Path) -> Iterator[None]:
     For files that belong together, written in turn. Where the file system has no locks, nothing is
     waited for.
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # not such a system, or what writes there will say why
-        yield
-        return
-    try:
+    with contextlib.ExitStack() as stack:
+        # OSError: not such a system, or what writes there will say why.
         with contextlib.suppress(ImportError, OSError):
+            stack.enter_context(made_folder(Path(folder)))
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
             import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -90,13 +96,13 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
         UserError: there is such a process, or the folder cannot be written to.
     """
     file = Path(folder) / ".lock"
-    is_new = not file.parent.exists()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_CREAT | os.O_WRONLY)
-    except OSError as error:
-        raise unwritable(Path(folder), error) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(made_folder(file.parent))
+            handle = os.open(file, os.O_CREAT | os.O_WRONLY)
+        except OSError as error:
+            raise unwritable(Path(folder), error) from error
+        stack.callback(os.close, handle)
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
@@ -106,15 +112,8 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
                 raise UserError(
                     f"another process is writing to {folder}; give another `output`."
                 ) from None
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
-            if is_new:
-                with contextlib.suppress(OSError):  # there are files in it
-                    file.parent.rmdir()
-    finally:
-        os.close(handle)
+        stack.callback(file.unlink, missing_ok=True)
+        yield
 
 
 def file_name(path: str | Path) -> str:

@@ -172,19 +172,38 @@ def read_cpu_clock() -> CpuClock:
 def read_gpus(timeout: float = 10.0) -> tuple[Gpu, ...]:
     """Ask `nvidia-smi`, which comes with every driver, for the GPUs and their present clocks.
 
-    There are none without a GPU, a driver or an answer within `timeout` seconds.
+    They are those that CUDA_VISIBLE_DEVICES leaves, in its order. There are none without a GPU, a
+    driver or an answer within `timeout` seconds.
     """
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()
-    command = [program, f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    fields = ",".join(("index", "uuid", *_GPU_FIELDS))
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
-    return parse_gpus(answer)
+    gpus = [line.split(",", 2) for line in answer.splitlines() if line.count(",") > 1]
+    return parse_gpus("\n".join(_visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))))
+
+
+def _visible(gpus: list[list[str]], chosen: str | None) -> Iterator[str]:
+    """Yield the facts of GPUs, each given with its number and UUID, that CUDA shows a process."""
+    if chosen is None or "MIG-" in chosen:  # a part of a GPU has another UUID
+        yield from (facts for *_, facts in gpus)
+        return
+    for name in map(str.strip, chosen.split(",")):
+        same = [
+            facts
+            for index, uuid, facts in gpus
+            if name == index.strip() or (name.startswith("GPU-") and uuid.strip().startswith(name))
+        ]
+        if not same:  # CUDA leaves out what follows, too
+            return
+        yield same[0]
 
 
 def parse_gpus(answer: str) -> tuple[Gpu, ...]:

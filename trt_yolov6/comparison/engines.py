@@ -336,8 +336,16 @@ def _source(work: Work, entry: ModelEntry) -> SourceFile:
             f"{path} is {source.precision} already and is taken as it is, with its own class "
             "names; leave `names` out of its entry, or build an engine with them first."
         )
-    if not source.buildable and (entry.precisions or len(work.plan.precisions) > 1):
-        _log.info(f"{path} is {source.precision} already and is taken as it is")
+    is_as_asked = (
+        (entry.precisions or work.plan.precisions) in (("fp32",), (source.precision,))
+        and work.plan.backends in (("auto",), (source.backend,))
+        and entry.imgsz is None
+    )
+    if not source.buildable and not is_as_asked:
+        _log.info(
+            f"{path} is {source.precision} already and is taken as it is, for {source.backend} and "
+            "in its own size"
+        )
     return source
 
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from trt_yolov6.common.ranges import Checked, NotNegative
 from trt_yolov6.common.statistics import Interval, ratio_of
 from trt_yolov6.common.text import counted
-from trt_yolov6.comparison.results import latency_of
+from trt_yolov6.comparison.results import THRESHOLDS, latency_of
 from trt_yolov6.errors import UserError
 
 SAME_ENGINE = Interval(1.0, 1.0, 1.0)
@@ -23,28 +26,17 @@ SAME_ENGINE = Interval(1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Checked):
     """Allowed loss of a comparison against its baseline."""
 
-    max_slowdown: float = 3.0
+    max_slowdown: NotNegative = 3.0
     """Percent that a latency may grow by."""
-    max_ap_drop: float = 0.2
+    max_ap_drop: Annotated[float, Meta(ge=0, le=100)] = 0.2
     """AP points (hundredths) that an AP may fall by: 0.2 allows 0.518 after 0.520."""
     strict: bool = False
     """Undecided is failed."""
     other_device: bool = False
     """A baseline from another device, or other packages, is taken."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_slowdown < float("inf"):
-            raise UserError(
-                f"`max_slowdown` {self.max_slowdown:g} is out of range; give percent, 0 or more.",
-            )
-        if not 0 <= self.max_ap_drop <= 100:
-            raise UserError(
-                f"`max_ap_drop` {self.max_ap_drop:g} is out of range; give AP points (hundredths), "
-                "0 to 100.",
-            )
 
 
 @dataclass(frozen=True)
@@ -199,7 +191,7 @@ def check_basis(
                 f"{baseline['data'].get('split')}); compare on the same one, or make a new "
                 "baseline."
             )
-    for key in ("confidence", "iou", "max_detections", "border"):
+    for key in THRESHOLDS:
         now, before = settings.get(key), baseline["settings"].get(key)
         if now != before:
             raise UserError(

@@ -33,17 +33,20 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
+from msgspec import Meta
+
+from trt_yolov6.backends import PLAN_SUFFIXES
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
-from trt_yolov6.common.ranges import plain
+from trt_yolov6.common.ranges import Count, Positive, fitting, plain
 from trt_yolov6.common.records import as_record, check_keys, read_yaml
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings, Precision, PredictOptions, is_whole, two_sides
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
-MODEL_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".onnx", ".trt", ".plan", ".engine")
+MODEL_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".onnx", *PLAN_SUFFIXES)
 """A checkpoint, an ONNX file or engine, and TensorRT's plans under their usual names."""
 
 
@@ -59,7 +62,7 @@ class ModelEntry:
     names: Path | None = None
     """Class names for an ONNX file: text, one a line, or COCO JSON."""
     imgsz: tuple[int, int] | None = None
-    """Height and width; default 640 for checkpoints, its own for an ONNX file."""
+    """Height and width; default: those of the training, and an ONNX file's own."""
     decoder: str | None = None
     """The family of an ONNX file, see `detectors.families`; None finds out."""
     preprocess: tuple[str, ...] = ()
@@ -95,22 +98,22 @@ class Plan:
     calib: Path = Path("calib")
     """Calibration images for INT8 and FP8."""
     calibrator: str = "auto"
-    rounds: int = 8
+    rounds: Annotated[int, Meta(ge=3)] = 8
     """Turns that each engine gets, spread over the whole measurement; at least 3."""
-    duration: float = 10.0
+    duration: Positive = 10.0
     """Seconds of measuring each engine at each batch size, all rounds together."""
     confidence: float = NmsSettings.confidence
     iou: float = NmsSettings.iou
     max_detections: int = NmsSettings.max_detections
     border: int = 0
     """Gray pixels on every side of an image."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads of ONNX Runtime; None for one a physical core."""
     provider: str | None = None
     """ONNX Runtime execution provider."""
     layers: bool = True
     """Also time single layers, at the first batch size, where the backend can."""
-    examples: int = 3
+    examples: Annotated[int, Meta(ge=0)] = 3
     """Images whose detections are kept for the report."""
 
     def __post_init__(self) -> None:
@@ -139,16 +142,9 @@ class Plan:
             raise UserError("a batch size is given twice; name each once in `batches`.")
         if not self.backends:
             raise UserError("no backend is given; name some with `backends`, such as auto.")
-        if self.rounds < 3:
-            raise UserError(
-                f"{self.rounds} rounds say nothing about spread; give `rounds` 3 or more."
-            )
-        if not 0 < self.duration < float("inf"):
-            raise UserError(f"`duration` {self.duration} is out of range; give seconds above 0.")
-        if self.examples < 0:
-            raise UserError("`examples` is a number of images; give 0 or more.")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"`threads` {self.threads} is too few; give 1 or more.")
+        kinds = get_type_hints(Plan, include_extras=True)
+        for name in ("rounds", "duration", "examples", "threads"):
+            fitting(getattr(self, name), kinds[name], f"`{name}`")
         _ = self.predict_options
 
     @property

@@ -53,6 +53,9 @@ KIND = "comparison"
 
 FILE = "results.json"
 
+THRESHOLDS = ("confidence", "iou", "max_detections", "border")
+"""Settings that an AP depends on."""
+
 _Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=10**6)]
 _Interval = tuple[_Number, _Number]

@@ -107,34 +107,20 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
     """Return fields of `Preprocessing` by name, of texts `FIELD=VALUE`, numbers with commas.
 
     Raises:
-        UserError: a change is not of that form, or there is no such field.
+        UserError: a change is not of that form, or there is no such field or value.
 
-    Example:
+    Examples:
         >>> parse_changes(["fit=stretch", "mean=127.5"])
         {'fit': 'stretch', 'mean': (127.5, 127.5, 127.5)}
     """
     fields: dict[str, Any] = {}
-    known = [field.name for field in dataclasses.fields(Preprocessing)]
     for change in changes:
         name, equals, text = change.partition("=")
-        if not equals or name not in known:
-            meant = "" if name in known else did_you_mean(name, known)
-            raise UserError(
-                f"`preprocess` {change} is not understood{meant}; give FIELD=VALUE with a field of "
-                f"{', '.join(known)}.",
-            )
-        fields[name] = _numbers(name, text) if name in ("mean", "std") else text
-    return fields
-
-
-def _numbers(name: str, text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(
-            f"`preprocess` {name}={text} is not understood; give one number or three with commas.",
-        ) from error
-    return values * 3 if len(values) == 1 else values
+        if not equals:
+            raise UserError(f"`preprocess` {change} is not of the form FIELD=VALUE; correct it.")
+        fields[name] = text.split(",") if "," in text else text
+    changed = YOLOV6.with_changes(fields)
+    return {name: getattr(changed, name) for name in fields}
 
 
 def _listed(values: Sequence[float]) -> str:

@@ -46,7 +46,7 @@ class Detections:
     gives one, indexing by a slice, a boolean mask or indices (an array or a list) gives a smaller
     `Detections`.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> found = Detections(
         ...     xyxy=np.array([[10, 20, 60, 80], [30, 30, 40, 50]], np.float32),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trt_yolov6.backends import PLAN_SUFFIXES
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
 from trt_yolov6.checkpoints.inspect import CheckpointDetails, inspect_checkpoint
 from trt_yolov6.common.files import sha256_file
@@ -18,7 +19,6 @@ from trt_yolov6.graph.files import read_onnx
 from trt_yolov6.graph.inspect import OnnxDetails, inspect_onnx
 
 ONNX_SUFFIXES = (".onnx",)
-PLAN_SUFFIXES = (".trt", ".plan", ".engine")
 
 Kind = Literal["onnx", "checkpoint", "plan"]
 

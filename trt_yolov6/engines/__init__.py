@@ -9,7 +9,7 @@ import importlib
 from pathlib import Path
 from typing import Protocol
 
-from trt_yolov6.backends import BACKENDS
+from trt_yolov6.backends import BACKENDS, PLAN_SUFFIXES
 from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest
@@ -167,6 +167,11 @@ def _check_exists(path: Path) -> None:
 def _backend_for(path: Path) -> str:
     if path.suffix.lower() == ".onnx":
         return "onnxruntime"
+    if path.suffix.lower() not in PLAN_SUFFIXES:
+        raise UserError(
+            f"{path} is not an engine; give an .onnx file, a plan ({', '.join(PLAN_SUFFIXES)}), or "
+            "what `trt-yolov6 build` wrote, with its manifest."
+        )
     for name, row in BACKENDS.items():
         if row.tensorrt and backend(name).availability().can_run:
             return name

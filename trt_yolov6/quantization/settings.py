@@ -17,8 +17,6 @@ from trt_yolov6.quantization.qdq.placement import place_for
 from trt_yolov6.quantization.types import INT8, QuantizedType
 from trt_yolov6.spec import choice_of_layers
 
-_MOST_MINUTES = 24 * 60
-
 
 @dataclass(frozen=True)
 class QuantizationSettings(Checked):
@@ -37,7 +35,7 @@ class QuantizationSettings(Checked):
     """Try biases that take back the mean error of each layer."""
     reconstruct: bool = True
     """Try weights that are rounded for the inputs that they meet, too. INT8's only."""
-    reconstruct_minutes: float = 0.0
+    reconstruct_minutes: Annotated[float, Meta(ge=0, le=24 * 60)] = 0.0
     """Minutes that scales, weights and biases learn by gradients on the calibration images; what
     comes of it is kept if it agrees clearly better on the held-out ones. INT8's only."""
     adaptive_rounding: bool = False
@@ -47,7 +45,7 @@ class QuantizationSettings(Checked):
     accuracy within `max_ap_drop`. FP8's by name only."""
     max_ap_drop: float | None = 0.5
     """Loss that `auto` may cause, in AP points; None: as little as `max_slowdown` allows."""
-    max_slowdown: float | None = None
+    max_slowdown: Annotated[float, Meta(gt=0, le=100)] | None = None
     """Per cent of INT8's run time that `auto` may add, by layer times; None leaves that open."""
     fp16: bool = False
     """Everything that is not quantized in half precision."""
@@ -62,19 +60,9 @@ class QuantizationSettings(Checked):
 
 
 def check_settings(settings: QuantizationSettings) -> None:
-    """Raise UserError for what the type that is quantized to has no use for, or out of range."""
+    """Raise UserError for what the type that is quantized to has no use for, and for no budget."""
     if settings.max_ap_drop is None and settings.max_slowdown is None:
         raise UserError("`float_layers` auto needs a budget; give `max_ap_drop` or `max_slowdown`.")
-    if settings.max_slowdown is not None and not 0 < settings.max_slowdown <= 100:
-        raise UserError(
-            f"`max_slowdown` {settings.max_slowdown:g} is out of range; give per cent of the run "
-            "time, above 0 and up to 100, such as 5%."
-        )
-    if not 0 <= settings.reconstruct_minutes <= _MOST_MINUTES:
-        raise UserError(
-            f"`reconstruct_minutes` {settings.reconstruct_minutes:g} is out of range; give minutes "
-            f"from 0 to {_MOST_MINUTES}."
-        )
     quantized = settings.quantized
     methods = methods_for(quantized)
     if settings.calibrator != "auto" and settings.calibrator not in methods:

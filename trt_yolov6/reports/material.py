@@ -12,7 +12,7 @@ from typing import Any
 
 from trt_yolov6.common.files import read_json
 from trt_yolov6.common.records import as_record
-from trt_yolov6.comparison.results import FILE, KIND, read_results
+from trt_yolov6.comparison.results import FILE, KIND, THRESHOLDS, read_results
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.metrics import METRICS, Metric
 
@@ -22,12 +22,17 @@ MAX_PICTURE_BYTES = 2_000_000
 
 @dataclass(frozen=True)
 class Comparison:
-    """The results of one comparison and where they lie."""
+    """The results of one comparison and their file."""
 
     name: str
     """The folder's name, or its path where several are called the same; empty of the only one."""
-    folder: Path
+    path: Path
     value: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the file lies in."""
+        return self.path.parent
 
     @property
     def suffix(self) -> str:
@@ -71,7 +76,8 @@ def read_material(paths: Sequence[str | Path]) -> Material:
     """Read results of comparisons (or their folders), and rankings of `sensitivity --json`.
 
     Raises:
-        UserError: one is neither, or damaged, or there is no comparison among them.
+        UserError: one is neither, or damaged, there is no comparison among them, or their AP cannot
+            be compared.
     """
     comparisons: list[Comparison] = []
     rankings: list[Ranking] = []
@@ -80,7 +86,7 @@ def read_material(paths: Sequence[str | Path]) -> Material:
             path = path / FILE
         value = read_json(path)
         if isinstance(value, dict) and value.get("kind") == KIND:
-            comparisons.append(Comparison("", path.parent, read_results(path)))
+            comparisons.append(Comparison("", path, read_results(path)))
         elif isinstance(value, dict) and value.get("metric") in METRICS:
             rankings.append(_ranking(path, value))
         else:
@@ -90,6 +96,8 @@ def read_material(paths: Sequence[str | Path]) -> Material:
             )
     if not comparisons:
         raise UserError("there are no results of a comparison; run `trt-yolov6 compare` first.")
+    for one in comparisons[1:]:
+        _check_basis(one, comparisons[0])
     if len(comparisons) > 1:
         names = [one.folder.resolve().name for one in comparisons]
         comparisons = [
@@ -97,6 +105,18 @@ def read_material(paths: Sequence[str | Path]) -> Material:
             for one, name in zip(comparisons, names, strict=True)
         ]
     return Material(tuple(comparisons), tuple(rankings))
+
+
+def _check_basis(one: Comparison, first: Comparison) -> None:
+    for part, key, what in (
+        ("data", "annotations_sha256", "another data set"),
+        ("data", "images_sha256", "other images"),
+        *(("settings", key, f"another {key}") for key in THRESHOLDS),
+    ):
+        if one.value[part][key] != first.value[part][key]:
+            raise UserError(
+                f"the AP in {one.path} is of {what} than in {first.path}; write a report of each."
+            )
 
 
 @dataclass(frozen=True)

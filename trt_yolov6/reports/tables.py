@@ -52,7 +52,7 @@ class Row:
     @property
     def is_simulated(self) -> bool:
         """An 8-bit or half-precision engine of ONNX Runtime on a CPU, which computes it in float:
-        the accuracy is right, the latency says nothing of a GPU."""
+        the accuracy is right, the latency says nothing about a GPU."""
         on_cpu = self.engine["backend"] == "onnxruntime" and not str(
             self.engine["device"]
         ).startswith("GPU")

@@ -1,7 +1,7 @@
 """Check, on the first batch of a run, whether a network's outputs can be a detector's.
 
 A wrong guess of the family, a sigmoid left out on export, or an overflow in half precision give
-figures all the same, and an AP of 0 says nothing of the reason.
+figures all the same, and an AP of 0 does not give the reason.
 """
 
 from __future__ import annotations

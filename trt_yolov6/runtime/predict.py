@@ -100,31 +100,30 @@ def detect(
         UserError: an array is not such an image, a file cannot be read, or the engine cannot do
             what is asked.
     """
-    items = _items(images)
     options = options or PredictOptions()
     if options.gpus > 1:
         raise UserError("`gpus` is for `annotate` and `evaluate`; leave it out.")
+    items = _items(images)
+    if isinstance(images, Sequence):
+        items = iter(list(items))  # what is missing is named before any work
     default = default_nms(engine)
-    if len(items) <= choose_batch(engine, options.batch) and engine.batch.min <= len(items):
-        found = _detect_at_once(engine, items, options, options.nms(default))
-    else:
-        options = options.over(default)
-        found = []
-        for step in process(
-            engine,
-            items,
-            lambda item: item.read(),
-            lambda _, detections: detections,
-            options,
-            open_item=lambda item: item.open(),
-            in_memory=all(item.path is None for item in items),
-        ):
-            found.extend(step.result)
-            _warn(step.notes, 4)
-    return [
-        one if item.path is None else dataclasses.replace(one, path=item.path)
-        for one, item in zip(found, items, strict=True)
-    ]
+    batch = choose_batch(engine, options.batch)
+    first = list(itertools.islice(items, batch + 1))
+    if engine.batch.min <= len(first) <= batch:
+        return _named(first, _detect_at_once(engine, first, options, options.nms(default)))
+    found: list[Detections] = []
+    for step in process(
+        engine,
+        itertools.chain(first, items),
+        lambda item: item.read(),
+        lambda loaded, detections: _named(loaded.items, detections),
+        options.over(default),
+        open_item=lambda item: item.open(),
+        in_memory=all(item.path is None for item in first),
+    ):
+        found.extend(step.result)
+        _warn(step.notes, 4)
+    return found
 
 
 @dataclass(frozen=True)
@@ -140,28 +139,39 @@ class _Item:
 _BYTES = (bytes, bytearray, memoryview)
 
 
-def _items(images: Images) -> list[_Item]:
-    """Return one item an image, in order."""
+def _named(items: Iterable[_Item], found: Iterable[Detections]) -> list[Detections]:
+    """Return detections with the paths of the images that they are in."""
+    return [
+        one if item.path is None else dataclasses.replace(one, path=item.path)
+        for one, item in zip(found, items, strict=True)
+    ]
+
+
+def _items(images: Images) -> Iterator[_Item]:
+    """Yield one item an image, in order."""
     if isinstance(images, (str, Path)):
         media = find_media(images)
         if isinstance(media, Video):
             raise UserError(
                 f"{images} is a video or stream; `annotate` reads those, `predict` reads images."
             )
-        return [_Item(picture.path, picture.read, picture.open) for picture in media.items]
+        yield from (_Item(picture.path, picture.read, picture.open) for picture in media.items)
+        return
     several: Any = images
     is_array = hasattr(images, "__array__") or hasattr(images, "__array_interface__")
     is_one = isinstance(several, _BYTES) or not _can_be_iterated(several)
     if is_one or (is_array and np.ndim(several) in (2, 3)):
         several = [several]  # one array or tensor, or a PIL image
-    found: list[_Item] = []
+    count = 0
     for image in several:
         if isinstance(image, (str, Path)):
-            found += _items(image)
+            for item in _items(image):
+                yield item
+                count += 1
         else:
-            pixels = functools.partial(_checked_image, image, len(found))
-            found.append(_Item(None, pixels, pixels))
-    return found
+            pixels = functools.partial(_checked_image, image, count)
+            yield _Item(None, pixels, pixels)
+            count += 1
 
 
 def _can_be_iterated(value: Any) -> bool:

@@ -29,11 +29,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta
 
-from trt_yolov6.common.files import check_writable, unwritable
+from trt_yolov6.common.files import check_writable, made_folder, unwritable
+from trt_yolov6.common.ranges import Checked, Count
 from trt_yolov6.engines import LoadOptions
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
 from trt_yolov6.errors import UserError
@@ -83,14 +85,14 @@ _SHARED_OUTPUTS = ("end2end", "end2end_yolov7", "end2end_ppyoloe")
 
 
 @dataclass(frozen=True)
-class ServingSettings:
+class ServingSettings(Checked):
     """Settings for running the engines in Triton."""
 
-    instances: int = 1
+    instances: Count = 1
     """Copies of the engine on each GPU, or on the CPU, that work side by side."""
     gpus: tuple[int, ...] | None = None
     """Numbers of the GPUs; None takes all that the server has, `()` the CPU (ONNX only)."""
-    max_queue_delay_us: int = 100
+    max_queue_delay_us: Annotated[int, Meta(ge=0)] = 100
     """Microseconds a request waits at most for others to share a batch with."""
     default_cpu: bool = False
     """True for a server without a GPU: ONNX files run on the CPU if `gpus` is None."""
@@ -101,12 +103,7 @@ class ServingSettings:
     take the place of fields of the same name; `parameters` are added."""
 
     def __post_init__(self) -> None:
-        if self.instances < 1:
-            raise UserError(f"`instances` {self.instances} is too few; give 1 or more.")
-        if self.max_queue_delay_us < 0:
-            raise UserError(
-                f"`max_queue_delay_us` {self.max_queue_delay_us} is negative; give 0 or more."
-            )
+        super().__post_init__()
         if self.gpus and (min(self.gpus) < 0 or len(set(self.gpus)) < len(self.gpus)):
             raise UserError("`gpus` names a GPU twice or below 0; give numbers such as 0,1.")
         fixed = sorted(set(fields_of(self.extra)) & set(_OF_THE_ENGINE))
@@ -209,13 +206,9 @@ def export_triton(
 
 def _write_entries(models: Sequence[ServedModel], texts: Sequence[str], output: Path) -> None:
     """Write all entries, or none."""
-    absent = [folder for folder in (output, *output.absolute().parents) if not folder.exists()]
     undo = contextlib.ExitStack()
     try:
-        with undo:
-            if absent:
-                undo.callback(shutil.rmtree, absent[-1], ignore_errors=True)
-            output.mkdir(parents=True, exist_ok=True)
+        with made_folder(output), undo:
             # A name with a dot in front, which Triton does not take for a model.
             with tempfile.TemporaryDirectory(prefix=".writing.", dir=output) as draft:
                 for model, text in zip(models, texts, strict=True):
@@ -249,6 +242,11 @@ def served_model(
     manifest = read_manifest(path)
     if manifest is not None:
         check_plan(path, manifest)
+        if loading and (loading.decoder not in (None, manifest.decoder) or loading.preprocess):
+            raise UserError(
+                f"{path} has a manifest, which names its decoder and its preprocessing; leave "
+                "`decoder` and `preprocess` out, or build it again with them."
+            )
     elif path.suffix == ".onnx":
         from trt_yolov6.engines.build import graph_manifest
         from trt_yolov6.graph.onnx_import import graph_from_onnx

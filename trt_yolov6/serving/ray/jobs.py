@@ -135,7 +135,7 @@ def infer_on_ray(
         left = [picture for picture in pictures if picture.name not in done]
         summary = RaySummary(folder.place, done_before=len(pictures) - len(left))
         if left:
-            with PartWriter(folder, form) as writer:
+            with PartWriter(folder, form, job) as writer:
                 summary = _infer(files, facts, predict, left, writer, options, summary)
         _write_failures(folder, summary.failures)
         parts = len(part_names(folder))
@@ -202,7 +202,7 @@ def evaluate_on_ray(
     options: RayOptions,
     predict: PredictOptions | None = None,
     *,
-    confusion: bool = False,
+    confusion: bool,
 ) -> Evaluation:
     """Measure an engine's COCO AP on the machines of a Ray cluster.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trt_yolov6.common.closing import Closing
-from trt_yolov6.common.files import write_bytes
+from trt_yolov6.common.files import check_writable, write_bytes
 from trt_yolov6.data.media import is_address
 from trt_yolov6.errors import UserError, first_line
 from trt_yolov6.serving.ray.pictures import file_system, place_of
@@ -88,14 +88,21 @@ class ResultFolder:
 
 
 def open_job(folder: ResultFolder, job: dict[str, Any]) -> None:
-    """Begin a job in a folder, or make sure that what it holds is of the same job.
+    """Make sure that a folder can be written to, and that the parts that it holds are of this job.
 
-    A job is all that decides the results, as values of JSON.
+    A job is all that decides the results, as values of JSON. A store is written to at once, to see
+    whether it can be; a folder of this machine with the first part (see `PartWriter`).
 
     Raises:
-        UserError: the folder holds the results of another job.
+        UserError: they are of another job, or the folder cannot be written to.
     """
     names = folder.names()
+    if not any(_PART.fullmatch(name) for name in names):
+        if folder.is_local:
+            check_writable(Path(folder.place) / JOB_FILE)
+        else:
+            _write_job(folder, job)
+        return
     if JOB_FILE in names:
         try:
             kept = json.loads(folder.read(JOB_FILE))
@@ -113,8 +120,10 @@ def open_job(folder: ResultFolder, job: dict[str, Any]) -> None:
                 "`output`, or the options it was begun with."
             )
         return
-    if any(_PART.fullmatch(name) for name in names):
-        raise UserError(f"{folder.place} holds parts but no {JOB_FILE}; give another `output`.")
+    raise UserError(f"{folder.place} holds parts but no {JOB_FILE}; give another `output`.")
+
+
+def _write_job(folder: ResultFolder, job: dict[str, Any]) -> None:
     folder.write(JOB_FILE, (json.dumps(job, indent=2) + "\n").encode())
 
 
@@ -147,16 +156,20 @@ def files_in(folder: ResultFolder) -> Iterator[str]:
 
 
 class PartWriter(Closing):
-    """Gathers rows and writes them as parts; use it in a `with` block, which writes the last."""
+    """Gathers rows and writes them as parts; use it in a `with` block, which writes the last.
+
+    What the job is, is written before the first part.
+    """
 
     def __init__(
         self,
         folder: ResultFolder,
         kind: PartFormat,
+        job: dict[str, Any],
         rows: int = ROWS,
         seconds: float = SECONDS,
     ) -> None:
-        self._folder, self._kind = folder, kind
+        self._folder, self._kind, self._job = folder, kind, job
         self._most, self._seconds = rows, seconds
         self._rows: list[str] = []
         self._since = 0.0
@@ -183,6 +196,8 @@ class PartWriter(Closing):
         content = "".join(f"{row}\n" for row in self._rows).encode()
         if self._kind == "parquet":
             content = _parquet(content)
+        if self._next == 0:
+            _write_job(self._folder, self._job)
         self._folder.write(f"part-{self._next:06d}.{self._kind}", content)
         self._next += 1
         self._rows = []
