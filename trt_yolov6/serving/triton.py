@@ -36,6 +36,7 @@ from msgspec import Meta
 
 from trt_yolov6.common.files import check_writable, made_folder, unwritable
 from trt_yolov6.common.ranges import Checked, Count
+from trt_yolov6.detectors.layouts import LAYOUTS
 from trt_yolov6.engines import LoadOptions
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
 from trt_yolov6.errors import UserError
@@ -79,9 +80,6 @@ _TYPES = {
     "uint8": "TYPE_UINT8",
     "object": "TYPE_STRING",
 }
-
-_SHARED_OUTPUTS = ("end2end", "end2end_yolov7", "end2end_ppyoloe")
-"""Layouts whose outputs hold the boxes of all images together: Triton cannot part them again."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class ServedModel:
     parameters: dict[str, str]
     """Facts for clients: decoder, layout, pre-processing, names, where it came from."""
     shared_outputs: bool
-    """The outputs hold the boxes of all images of a batch together."""
+    """The outputs hold the boxes of all images together, which Triton cannot part again."""
     backend: str = "onnxruntime"
     """Backend that the engine was built for."""
     serves: Serves | None = None
@@ -317,7 +315,7 @@ def _model(path: Path, details: Manifest, python: Serves | None) -> ServedModel:
     source, *outputs = details.tensors
     fixed = source.shape[0]
     batch = details.batch if fixed is None else BatchProfile.of(fixed)
-    shared = details.output_layout in _SHARED_OUTPUTS
+    shared = LAYOUTS[details.output_layout].shared
     # This package fills small batches up.
     if not batch.is_static and batch.min > 1 and not shared and python is None:
         raise UserError(
