@@ -103,7 +103,7 @@ def _outputs(outputs: Outputs, start: int, end: int) -> dict[str, NDArray[Any]]:
 
 
 def shared_outputs(outputs: Outputs, start: int, end: int) -> dict[str, NDArray[Any]]:
-    """Return what a layout whose images share the rows says of some of them, as of a whole batch.
+    """Return the outputs of some images of a layout whose images share rows, as of a batch.
 
     Args:
         outputs: rows that begin with the number of their image; or rows, and how many of them each

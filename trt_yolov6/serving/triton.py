@@ -40,9 +40,10 @@ from trt_yolov6.detectors.layouts import LAYOUTS
 from trt_yolov6.engines import LoadOptions
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
 from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.predict import check_thresholds, shown_nms
 from trt_yolov6.serving.config_text import fields_of, quoted
 from trt_yolov6.serving.python_backend import ENGINE_FILES, MAX_PIXELS
-from trt_yolov6.spec import BatchProfile, PredictOptions, TensorSpec
+from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions, TensorSpec
 
 PLATFORMS = {
     "tensorrt": ("tensorrt_plan", "model.plan"),
@@ -138,6 +139,8 @@ class ServedModel:
     """Backend that the engine was built for."""
     serves: Serves | None = None
     """Input of the Python backend; None where Triton runs the engine itself."""
+    nms: NmsSettings | None = None
+    """Thresholds inside the engine."""
 
     @property
     def max_batch_size(self) -> int:
@@ -350,6 +353,7 @@ def _model(path: Path, details: Manifest, python: Serves | None) -> ServedModel:
         batch=batch,
         class_names=details.class_names,
         parameters=parameters,
+        nms=details.nms,
         shared_outputs=shared,
         backend=details.backend,
     )
@@ -383,7 +387,8 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     """Return a model's `config.pbtxt`.
 
     Raises:
-        UserError: a plan of TensorRT is to run on the CPU.
+        UserError: a plan of TensorRT is to run on the CPU, or the engine has decided otherwise on
+            thresholds.
     """
     on_cpu = runs_on_cpu(model, settings)
     if on_cpu and model.backend != "onnxruntime":
@@ -416,6 +421,7 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     fields.append(_block("instance_group", *group))
     parameters = dict(model.parameters)
     if model.serves == "pictures":
+        check_thresholds(model.engine, model.nms, settings.predict.nms(shown_nms(model.nms)))
         parameters.update((key, str(value)) for key, value in settings.predict.thresholds().items())
     for key, value in parameters.items():
         block = _block("value", f"string_value: {quoted(value)}")
