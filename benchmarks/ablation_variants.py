@@ -221,7 +221,7 @@ VARIANTS: dict[str, Variant] = {
     # Larger networks. L first, since it teaches: Tables 3 and 13; T for Table 12.
     "l": _of("l"),
     "l-wide-neck": _of("l", architecture=tuple(_WIDE_NECK.items())),
-    # Without clipped gradients, as L was trained at first: its loss broke away in some trainings.
+    # Without clipped gradients, as L was trained at first: its loss diverged in some trainings.
     "l-unclipped": _of("l", _UNCLIPPED),
     "l-by-kernel": _of("l", _UNCLIPPED, "cuda_graphs=false"),
     "t": _of("t"),

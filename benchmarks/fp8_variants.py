@@ -159,13 +159,13 @@ def random_graph(name: str, size: int, batch: int) -> tuple[onnx.ModelProto, dic
     import torch
 
     from trt_yolov6.graph.export import ExportSettings, export_onnx
-    from trt_yolov6.models import architecture, build_model
+    from trt_yolov6.models import YOLOv6, architecture
     from trt_yolov6.quantization.collect import collect
     from trt_yolov6.quantization.mixed_precision import tensors_for_any_choice
     from trt_yolov6.spec import BatchProfile
 
     torch.manual_seed(0)
-    network = build_model(architecture(name)).eval()
+    network = YOLOv6(architecture(name)).eval()
 
     def export(images: int) -> onnx.ModelProto:
         profile = BatchProfile(images, images, images)

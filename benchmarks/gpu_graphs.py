@@ -27,7 +27,7 @@ from trt_yolov6.graph.float16 import to_fp16
 from trt_yolov6.graph.index import shapes_of
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS
-from trt_yolov6.models import YOLOv6, architecture, build_model
+from trt_yolov6.models import YOLOv6, architecture
 from trt_yolov6.spec import BatchProfile
 
 CLASSES = 80
@@ -36,7 +36,7 @@ CLASSES = 80
 def random_model(variant: str, classes: int = CLASSES) -> YOLOv6:
     """Return a variant with random weights, always the same ones."""
     torch.manual_seed(0)
-    return build_model(architecture(variant, classes)).eval()
+    return YOLOv6(architecture(variant, classes)).eval()
 
 
 def our_graph(

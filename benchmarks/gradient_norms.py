@@ -25,7 +25,7 @@ from trt_yolov6.training.recipe import recipe_for, with_field
 from trt_yolov6.training.trainer import train
 
 FOLD = 1
-"""The fold in which L broke away on a GPU; its seed is the fold's number."""
+"""The fold in which L diverged on a GPU; its seed is the fold's number."""
 
 
 class _Enough(Exception):

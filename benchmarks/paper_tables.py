@@ -282,11 +282,11 @@ NOTES = {
 
 
 APART = 1.1
-"""A training broke away if its loss ends above this, times the median of its variant's folds."""
+"""A training diverged if its loss ends above this, times the median of its variant's folds."""
 
 
 def broke_away(table: ablation_variants.Table, variants: Mapping[str, Any]) -> str:
-    """Return a sentence on the trainings of a table that broke away; empty where none did."""
+    """Return a sentence on the trainings of a table that diverged; empty where none did."""
     labels = {
         cell.variant: label for label, row in table.rows.items() for cell in row if cell is not None
     }
@@ -304,8 +304,8 @@ def broke_away(table: ablation_variants.Table, variants: Mapping[str, Any]) -> s
     if not found:
         return ""
     return (
-        f"Of these {count} trainings {len(found)} broke away: the loss ended more than a tenth "
-        f"above the median of the five folds ({'; '.join(found)}). What broke away counts as it "
+        f"Of these {count} trainings {len(found)} diverged: the loss ended more than a tenth "
+        f"above the median of the five folds ({'; '.join(found)}). What diverged counts as it "
         "came out, and widens the intervals over folds."
     )
 

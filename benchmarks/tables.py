@@ -381,7 +381,7 @@ def cpu_suppression() -> str:
         ]
         for name, row in result(CPU_SUPPRESSION)["cpu"].items()
     ]
-    head = ["outputs", "candidates", "suppression, again at once", "after OpenCV's"]
+    head = ["outputs", "candidates", "suppression, back to back", "after OpenCV's"]
     head += ["of the slowest image", "all post-processing", "OpenCV, all candidates"]
     return markdown(head, rows)
 
@@ -871,7 +871,7 @@ def triton_bench(name: str) -> str:
     spent = sorted(one["cpu_ratio"] for one in part["rounds"])
     return (
         f"Tensors at 16 at a time, over `bench` of the same engine at batch {data['batch']} on the "
-        f"same cores, in turns: **{part['ratio']:.2f}** times its throughput, the median of "
+        f"same cores, alternately: **{part['ratio']:.2f}** times its throughput, the median of "
         f"{len(ratios)} rounds ({ratios[0]:.2f} to {ratios[-1]:.2f}), p99 {1e3 * latency:.0f} ms. "
         "By processor time an image, of server and clients together, it is "
         f"**{part['cpu_ratio']:.2f}** times ({spent[0]:.2f} to {spent[-1]:.2f}).\n"

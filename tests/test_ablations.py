@@ -470,7 +470,7 @@ def test_trainings_whose_loss_ended_high_are_named_with_the_table() -> None:
         "m": {"losses": [9.0, 1.0, 1.0, 1.0, 1.0]},  # in another table
     }
     assert broke_away(TABLES["3"], variants).startswith(
-        "Of these 10 trainings 1 broke away: the loss ended more than a tenth above the median of "
+        "Of these 10 trainings 1 diverged: the loss ended more than a tenth above the median of "
         "the five folds (fold 1 of slender and deep: 2.20, not 1.90). "
     )
     again = {"n": {"losses": [1.9, 2.0]}, "n-again": {"losses": [1.0, 1.0, 3.0]}}

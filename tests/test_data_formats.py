@@ -236,6 +236,7 @@ def write_yolo(
         (("val/images", "val/labels"), {"val": "../val/images"}),
         (("valid/images", "valid/labels"), {"val": None, "valid": "valid/images"}),
         (("set/val", "set/val"), {"path": "set", "val": "val"}),
+        (("images/val", "images/val"), {}),
     ],
 )
 def test_yolo_text_files_are_read(

@@ -15,10 +15,12 @@ from typing import Any
 import cv2
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from support import family_graphs as families
 from support.family_graphs import NAMES, SURE
 
@@ -585,6 +587,21 @@ def test_inputs_beside_the_image_become_constants(tmp_path: Path) -> None:
     onnx.save(model, path)
     with pytest.raises(UserError, match="im_shape, image, scale_factor, text"):
         graph_from_onnx(path)
+
+
+def test_images_in_half_precision_are_cast_to_it(tmp_path: Path) -> None:
+    model = convert_float_to_float16(families.yolov8(), keep_io_types=False)
+    path = tmp_path / "half.onnx"
+    onnx.save(model, path)
+    graph = graph_from_onnx(path)
+    assert graph.precision == "fp16"
+    built = build_engine(graph, backend="onnxruntime", output=tmp_path / "built.onnx")
+    images = np.random.default_rng(0).random((1, 3, 64, 64), np.float32)
+    (expected,) = onnxruntime.InferenceSession(path).run(None, {"images": images.astype("f2")})
+    for one in (built.path, path):
+        with load_engine(one) as engine:
+            found = engine.infer(images)["output0"]
+        np.testing.assert_allclose(found, expected, rtol=2e-3)  # a last digit or two
 
 
 @pytest.mark.parametrize("ir_version", [3, 8])

@@ -315,9 +315,7 @@ def test_candidates_that_an_engine_chose_are_read_as_its_outputs_are(
     nms = NmsSettings(confidence=confidence, iou=0.5, max_detections=20)
     # Chosen at a lower confidence, of a batch whose last image is padding.
     batch, anchors, classes = np.nonzero(scores > 0.05)
-    chosen = Candidates(
-        batch, classes, anchors, scores[batch, anchors, classes], boxes[batch, anchors]
-    )
+    chosen = Candidates(batch, classes, scores[batch, anchors, classes], boxes[batch, anchors])
     places = [WHOLE] * max(1, images - 1)
     found = postprocess(chosen, "split", nms, places)
     expected = postprocess({"boxes": boxes, "scores": scores}, "split", nms, places)
@@ -358,7 +356,6 @@ def test_boxes_that_an_engine_kept_are_read_as_its_candidates_are(
     candidates = Candidates(
         images=np.repeat(np.arange(len(counts)), counts),
         classes=np.concatenate([labels for _, _, labels in parts]),
-        anchors=np.concatenate([np.arange(count) for count in counts]),
         scores=np.concatenate([scores for _, scores, _ in parts]),
         boxes=np.concatenate([boxes for boxes, _, _ in parts]),
     )
@@ -388,7 +385,6 @@ def test_a_score_of_exactly_the_threshold_is_not_above_it() -> None:
     candidates = Candidates(
         images=np.zeros(2, np.int64),
         classes=np.arange(2),  # else the better one would suppress the other
-        anchors=np.arange(2),
         scores=np.array([0.5, above], np.float32),
         boxes=np.array([[1, 2, 30, 40], [1, 2, 30, 41]], np.float32),
     )
@@ -401,7 +397,6 @@ def test_what_an_engine_kept_is_filtered_as_its_candidates_are() -> None:
     candidates = Candidates(
         images=np.zeros(3, np.int64),
         classes=np.arange(3),
-        anchors=np.arange(3),
         scores=np.array([0.75, above, 0.5], np.float32),
         boxes=np.array([[5, 5, 5, 9], [1, 2, 30, 40], [1, 2, 30, 41]], np.float32),
     )

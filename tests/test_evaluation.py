@@ -19,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from support.pictures import prepared
 from support.tiny_detector import NAMES, SURE, load_named, load_tiny, write_cells
 
+from trt_yolov6.data.class_matching import match_classes, order_by_name
 from trt_yolov6.data.coco import CocoDataset, CocoImage, load_coco, read_coco_image
 from trt_yolov6.data.loader import AHEAD, load_batches
 from trt_yolov6.detectors.detections import Detections
@@ -261,6 +262,18 @@ def test_classes_in_another_order_are_matched_by_name_and_that_is_said(
     assert (straight.ap, result.ap) == pytest.approx((1, 1))
     assert result.class_names == ("GREEN", "BLUE", "RED")
     assert "matched by name" in result.notes[0]
+
+
+def test_numbers_are_names_where_both_sides_have_the_same() -> None:
+    ours = tuple(map(str, range(1, 11)))
+    theirs = tuple(sorted(ours))  # as VOC's classes are: "10" is the second
+    every = [True] * 10
+    places = match_classes("engine", ours, "data", theirs, every).places
+    assert tuple(theirs[place] for place in places if place is not None) == ours
+    order = order_by_name(ours, theirs, every)
+    assert order == tuple(int(name) - 1 for name in theirs)
+    # Beside other names they only count.
+    assert match_classes("engine", ("1", "0"), "data", ("cat", "dog"), every[:2]).places == (0, 1)
 
 
 def test_names_that_do_not_agree_are_taken_in_order_and_named(

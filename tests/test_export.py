@@ -19,7 +19,7 @@ from trt_yolov6.data.letterbox import fit
 from trt_yolov6.detectors.detections import Detections, postprocess
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx
-from trt_yolov6.models import VARIANTS, Architecture, YOLOv6, architecture, build_model
+from trt_yolov6.models import VARIANTS, Architecture, YOLOv6, architecture
 from trt_yolov6.models.head import HeadLevel
 from trt_yolov6.spec import BatchProfile, NmsSettings
 
@@ -192,7 +192,7 @@ def test_each_network_has_its_own_size_and_multiple() -> None:
 
 
 def test_n_takes_no_more_nodes_than_its_layers_and_a_decoding_of_sixteen() -> None:
-    model = build_model(architecture("yolov6n"))
+    model = YOLOv6(architecture("yolov6n"))
     graph = export_onnx(model, ExportSettings((64, 96)), verify=False).graph
     kinds = Counter(node.op_type for node in graph.node)
     # Counted on paper: 20 backbone, 21 neck and 15 head convolutions; 41 ReLU; 9 SiLU of two nodes;

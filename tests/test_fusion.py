@@ -15,7 +15,6 @@ from trt_yolov6.models import (
     Architecture,
     YOLOv6,
     architecture,
-    build_model,
     fold_shortcuts,
     fuse,
     is_fused,
@@ -71,7 +70,7 @@ def largest_difference(model: nn.Module, other: nn.Module, images: torch.Tensor)
 def double_model(request: pytest.FixtureRequest) -> YOLOv6:
     """A variant, narrowed, with random weights and statistics in double precision."""
     torch.manual_seed(0)
-    model = build_model(narrowed(architecture(request.param, num_classes=4))).double().eval()
+    model = YOLOv6(narrowed(architecture(request.param, num_classes=4))).double().eval()
     randomize_statistics(model)
     return model
 
@@ -99,14 +98,14 @@ def test_in_single_precision_fusing_adds_no_more_than_rounding(double_model: YOL
 def test_the_offset_head_is_fused_too() -> None:
     torch.manual_seed(0)
     arch = dataclasses.replace(architecture("yolov6n"), head="offset")
-    model = build_model(arch).double().eval()
+    model = YOLOv6(arch).double().eval()
     randomize_statistics(model)
     images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     assert largest_difference(model, fuse(model), images) < 1e-9
 
 
 def test_the_result_is_in_deploy_form_and_the_original_untouched() -> None:
-    model = build_model(architecture("yolov6n")).train()
+    model = YOLOv6(architecture("yolov6n")).train()
     before = copy.deepcopy(model.state_dict())
     fused = fuse(model)
     assert is_fused(fused)
@@ -120,7 +119,7 @@ def test_the_result_is_in_deploy_form_and_the_original_untouched() -> None:
 
 
 def test_fusing_twice_changes_nothing() -> None:
-    model = fuse(build_model(architecture("yolov6n")))
+    model = fuse(YOLOv6(architecture("yolov6n")))
     once, twice = model.state_dict(), fuse(model).state_dict()
     assert once.keys() == twice.keys()
     assert all(torch.equal(value, once[key]) for key, value in twice.items())
@@ -170,7 +169,7 @@ def test_branches_that_are_folded_already_fold_into_one_convolution() -> None:
 def random_stacks(variant: str) -> YOLOv6:
     """Return a fused network with random shortcut weights, in double precision."""
     torch.manual_seed(0)
-    model = build_model(narrowed(architecture(variant, 3))).double().eval()
+    model = YOLOv6(narrowed(architecture(variant, 3))).double().eval()
     randomize_statistics(model)
     for block in model.modules():
         if isinstance(block, BottleRep) and block.alpha is not None:

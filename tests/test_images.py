@@ -221,6 +221,16 @@ def test_a_folder_lists_its_images_sorted_and_nothing_else(tmp_path: Path) -> No
         list_images(tmp_path / "nowhere")
 
 
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    for folder in ("set", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder}.png").write_bytes(b"x")
+    (tmp_path / "set" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    found = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path / "set")]
+    assert found == ["set/more/elsewhere.png", "set/set.png"]
+
+
 def test_pictures_that_a_folder_leaves_out_are_counted_once(tmp_path: Path) -> None:
     for name in ("a.jfif", "b.heic", "c.HEIC", "d.gif", ".e.gif"):
         (tmp_path / name).write_bytes(b"x")

@@ -16,7 +16,6 @@ from trt_yolov6.models import (
     VARIANTS,
     YOLOv6,
     architecture,
-    build_model,
     count_flops,
     count_parameters,
     fuse,
@@ -168,7 +167,7 @@ def test_flops_grow_with_the_area() -> None:
 
 
 def test_counting_leaves_the_model_alone() -> None:
-    model = build_model(architecture("yolov6n")).train()
+    model = YOLOv6(architecture("yolov6n")).train()
     count_flops(model, 64)
     assert model.training
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
@@ -181,7 +180,7 @@ def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
 
 
 def test_random_weights_start_from_the_prior_probability() -> None:
-    model = build_model(architecture("yolov6n", num_classes=7))
+    model = YOLOv6(architecture("yolov6n", num_classes=7))
     for level in model.head.levels:
         assert isinstance(level, HeadLevel)
         assert level.cls_pred.bias is not None
@@ -194,7 +193,7 @@ def test_random_weights_start_from_the_prior_probability() -> None:
 def test_batch_normalizations_have_the_papers_constants() -> None:
     norms = [
         module
-        for module in build_model(architecture("yolov6n")).modules()
+        for module in YOLOv6(architecture("yolov6n")).modules()
         if isinstance(module, torch.nn.BatchNorm2d)
     ]
     assert norms
@@ -203,7 +202,7 @@ def test_batch_normalizations_have_the_papers_constants() -> None:
 
 def test_outputs_are_ordered_level_by_level_on_images_that_are_not_square() -> None:
     arch = architecture("yolov6n", num_classes=5)
-    model = build_model(arch).eval()
+    model = YOLOv6(arch).eval()
     images = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
         levels = model.raw(images)

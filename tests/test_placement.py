@@ -20,7 +20,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx, graph_from_checkpoint
 from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.graph.reference import reference_session, runner
-from trt_yolov6.models import architecture, build_model
+from trt_yolov6.models import YOLOv6, architecture
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import (
@@ -525,9 +525,7 @@ def test_bifusion_and_cspsppf_run_in_int8_as_a_whole() -> None:
         stage_repeats=(1, 1, 1, 1),
         neck_repeats=(1, 1, 1, 1),
     )
-    model = export_onnx(
-        build_model(arch), ExportSettings((64, 64), BatchProfile(1, 1, 1)), verify=False
-    )
+    model = export_onnx(YOLOv6(arch), ExportSettings((64, 64), BatchProfile(1, 1, 1)), verify=False)
     placement = place(model)
     assert not placement.float_layers
     names = {node.output[0]: node.name for node in model.graph.node}

@@ -35,7 +35,7 @@ from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.graph.operators import layer_names
-from trt_yolov6.models import YOLOv6, build_model
+from trt_yolov6.models import YOLOv6
 from trt_yolov6.quantization.implicit import inner_tensors
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.tensorrt_cache import read_cache
@@ -155,7 +155,7 @@ def taught(shapes: Path) -> YOLOv6:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    model = build_model(tiny_architecture())
+    model = YOLOv6(tiny_architecture())
     reset_predictions(model)
     data = load_training_set(shapes, "train", 64, "cpu", progress=False)
     images, targets = unaugmented(data, range(8))
@@ -342,7 +342,7 @@ def test_it_keeps_no_more_than_twice_what_float_training_keeps(start: Start) -> 
     On a GPU, float training is in half precision, and quantized training is not.
     """
     torch.manual_seed(0)
-    float_network = build_model(ARCHITECTURES["repvgg"]).train()
+    float_network = YOLOv6(ARCHITECTURES["repvgg"]).train()
     network = start.student().train()
     images = torch.rand(8, 3, 64, 64)
 

@@ -19,7 +19,7 @@ from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.cli import main
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
-from trt_yolov6.models import Architecture, YOLOv6, build_model, fuse, single_branch
+from trt_yolov6.models import Architecture, YOLOv6, fuse, single_branch
 from trt_yolov6.models.blocks import ConvBN, ScaledRepConv
 from trt_yolov6.models.fusion import merge_scaled
 from trt_yolov6.models.variants import VARIANTS, Variant
@@ -116,7 +116,7 @@ def scaled_tiny(num_classes: int = len(CLASS_NAMES)) -> Architecture:
 def random_search() -> YOLOv6:
     """A tiny hyper-search network with random scales and statistics."""
     torch.manual_seed(6)
-    model = build_model(scaled_tiny())
+    model = YOLOv6(scaled_tiny())
     for name, value in model.state_dict().items():
         if name.endswith(("_scale", "bn.weight", "running_var")):
             value.uniform_(0.5, 1.5)
@@ -128,7 +128,7 @@ def random_search() -> YOLOv6:
 def write_scales(path: Path, num_classes: int = len(CLASS_NAMES)) -> Path:
     """Write a tiny hyper-search network, as training leaves it."""
     torch.manual_seed(0)
-    model = build_model(scaled_tiny(num_classes))
+    model = YOLOv6(scaled_tiny(num_classes))
     for block in scaled_blocks(model).values():
         for scale in (block.dense_scale, block.pointwise_scale, block.identity_scale):
             if scale is not None:
@@ -263,7 +263,7 @@ def test_the_target_starts_as_the_function_of_the_search_network() -> None:
     search = random_search().double()
     target = single_branch(search)
     assert target.arch == dataclasses.replace(tiny_architecture(), block="conv")
-    assert target.state_dict().keys() == build_model(target.arch).state_dict().keys()
+    assert target.state_dict().keys() == YOLOv6(target.arch).state_dict().keys()
     assert gradient_multipliers(search).keys() <= dict(target.named_parameters()).keys()
     images = torch.rand(2, 3, 64, 96, dtype=torch.float64)
     for training in (True, False):
@@ -281,9 +281,9 @@ def test_the_target_starts_as_the_function_of_the_search_network() -> None:
 def test_with_csp_stacks_the_plain_convolutions_keep_their_bias() -> None:
     arch = dataclasses.replace(scaled_tiny(), csp_ratio=0.5)
     torch.manual_seed(0)
-    search = build_model(arch).double().eval()
+    search = YOLOv6(arch).double().eval()
     target = single_branch(search)
-    assert target.state_dict().keys() == build_model(target.arch).state_dict().keys()
+    assert target.state_dict().keys() == YOLOv6(target.arch).state_dict().keys()
     images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(target(images), search(images))
 

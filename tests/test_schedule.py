@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from trt_yolov6.models import architecture, build_model
+from trt_yolov6.models import YOLOv6, architecture
 from trt_yolov6.training.ema import WeightAverage, average_for, floating_state
 from trt_yolov6.training.optimizer import (
     OptimizerSettings,
@@ -128,7 +128,7 @@ def test_when_the_last_epochs_begin_and_when_it_is_evaluated() -> None:
 
 
 def test_only_kernels_decay() -> None:
-    model = build_model(architecture("yolov6m", 3))
+    model = YOLOv6(architecture("yolov6m", 3))
     scales, kernels, biases = parameter_groups(model)
     together = [*scales, *kernels, *biases]
     assert {id(p) for p in together} == {id(p) for p in model.parameters()}
@@ -159,7 +159,7 @@ def test_the_largest_norm_grows_with_the_images_whose_gradients_are_summed() -> 
 
 def test_the_average_is_that_of_its_definition() -> None:
     torch.manual_seed(0)
-    model = build_model(architecture("yolov6n", 2))
+    model = YOLOv6(architecture("yolov6n", 2))
     average = WeightAverage(model, decay=0.9, ramp=4)
     expected = {name: value.clone() for name, value in floating_state(copy.deepcopy(model)).items()}
     for update in range(1, 4):

@@ -16,7 +16,7 @@ from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
-from trt_yolov6.models import Architecture, architecture, build_model
+from trt_yolov6.models import Architecture, YOLOv6, architecture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +73,7 @@ gc.collect()
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model = build_model(tiny_architecture()).eval()
+    model = YOLOv6(tiny_architecture()).eval()
     settings = {"epochs": 3, "losses": {"box": "siou"}}
     write_checkpoint(tmp_path / "a.pt", model, CLASS_NAMES, Training(settings, 3, 0.25))
     checkpoint = load_checkpoint(tmp_path / "a.pt")
@@ -103,7 +103,7 @@ def small(name: str, **changes: Any) -> Architecture:
 @pytest.mark.parametrize("name", ["n_v3", "l_v3", "s6", "m_qa", "s_mbla", "lite_s"])
 def test_later_releases_networks_are_read_back(tmp_path: Path, name: str) -> None:
     torch.manual_seed(1)
-    model = build_model(small(f"yolov6{name}")).eval()
+    model = YOLOv6(small(f"yolov6{name}")).eval()
     write_checkpoint(tmp_path / "a.pt", model, CLASS_NAMES, Training({}, 0, None))
     read = load_checkpoint(tmp_path / "a.pt")
     assert read.arch == model.arch
@@ -113,7 +113,7 @@ def test_later_releases_networks_are_read_back(tmp_path: Path, name: str) -> Non
 
 def test_version_1_had_one_activation_in_the_whole_neck(tmp_path: Path) -> None:
     arch = small("yolov6l", neck_activation="silu")
-    write_checkpoint(tmp_path / "a.pt", build_model(arch), CLASS_NAMES, Training({}, 0, None))
+    write_checkpoint(tmp_path / "a.pt", YOLOv6(arch), CLASS_NAMES, Training({}, 0, None))
 
     def as_before(content: dict[str, Any]) -> None:
         content["version"] = 1
@@ -126,7 +126,7 @@ def test_version_1_had_one_activation_in_the_whole_neck(tmp_path: Path) -> None:
 
 
 def test_a_kernel_beyond_half_precision_is_kept_in_float32(tmp_path: Path) -> None:
-    model = build_model(tiny_architecture())
+    model = YOLOv6(tiny_architecture())
     name, kernel = next((n, p) for n, p in model.named_parameters() if p.ndim > 1)
     with torch.no_grad():
         kernel.view(-1)[0] = 1e6
@@ -200,5 +200,5 @@ def test_another_package_s_file_is_not_taken_for_one(tmp_path: Path) -> None:
 
 def test_the_variant_is_named_by_its_shape(tmp_path: Path) -> None:
     arch = dataclasses.replace(architecture("yolov6n", 2), name="my own")
-    write_checkpoint(tmp_path / "n.pt", build_model(arch), CLASS_NAMES, Training({}, 0, None))
+    write_checkpoint(tmp_path / "n.pt", YOLOv6(arch), CLASS_NAMES, Training({}, 0, None))
     assert load_checkpoint(tmp_path / "n.pt").arch.name == "yolov6n"

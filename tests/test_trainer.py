@@ -24,7 +24,7 @@ from trt_yolov6.cli import main
 from trt_yolov6.common.files import sole_writer
 from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.errors import UserError
-from trt_yolov6.models import Architecture, architecture, build_model
+from trt_yolov6.models import Architecture, YOLOv6, architecture
 from trt_yolov6.training.initialization import starting_model
 from trt_yolov6.training.log import scalars
 from trt_yolov6.training.recipe import (
@@ -286,7 +286,7 @@ def test_a_teacher_of_other_levels_or_another_image_size_is_refused_before_train
 ) -> None:
     def written(name: str, arch: Architecture) -> str:
         path = tmp_path / name
-        write_checkpoint(path, build_model(arch), CLASS_NAMES, Training({}, 0, None))
+        write_checkpoint(path, YOLOv6(arch), CLASS_NAMES, Training({}, 0, None))
         return str(path)
 
     teacher = written("p6.pt", P6)

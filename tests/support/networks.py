@@ -13,7 +13,7 @@ from support.training_data import tiny_architecture
 from trt_yolov6.detectors.spec import DetectorSpec
 from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.model import Graph
-from trt_yolov6.models import Architecture, YOLOv6, architecture, build_model
+from trt_yolov6.models import Architecture, YOLOv6, architecture
 from trt_yolov6.models.head import HeadLevel
 from trt_yolov6.spec import BatchProfile
 from trt_yolov6.training.qat.onnx_module import GraphNetwork
@@ -45,7 +45,7 @@ KINDS = {
 def random_model(arch: Architecture = TINY) -> YOLOv6:
     """A network whose weights and statistics are random, so that an error anywhere shows."""
     torch.manual_seed(0)
-    model = build_model(arch).eval()
+    model = YOLOv6(arch).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
@@ -77,7 +77,7 @@ SMALL = ExportSettings((64, 64))
 def random_network(arch: Architecture) -> YOLOv6:
     """A network whose every weight is random, biases and shortcut factors as well."""
     torch.manual_seed(0)
-    model = build_model(arch)
+    model = YOLOv6(arch)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.data.coco import DataReport
-from trt_yolov6.models import Architecture, build_model
+from trt_yolov6.models import Architecture, YOLOv6
 from trt_yolov6.training.augmentation import AugmentationSettings
 from trt_yolov6.training.data_validation import decode, read_split
 from trt_yolov6.training.dataset import TrainingSet
@@ -96,7 +96,7 @@ def tiny_architecture(num_classes: int = len(CLASS_NAMES)) -> Architecture:
 def write_tiny(path: Path, num_classes: int = len(CLASS_NAMES)) -> Path:
     """Write a checkpoint of the tiny network with random weights, to train on from."""
     torch.manual_seed(0)
-    model = build_model(tiny_architecture(num_classes))
+    model = YOLOv6(tiny_architecture(num_classes))
     names = CLASS_NAMES if num_classes == len(CLASS_NAMES) else tuple(map(str, range(num_classes)))
     write_checkpoint(path, model, names, Training({}, 0, None))
     return path

@@ -114,7 +114,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     whole = Parser(
         prog="trt-yolov6",
-        description="YOLOv6 from a trained checkpoint to a measured, validated engine.",
+        description="From a trained YOLOv6 checkpoint to an engine of measured speed and accuracy.",
+        epilog="To begin: doctor, build, eval, bench, infer. Options: trt-yolov6 COMMAND --help.",
     )
     whole.add_argument("--version", action="version", version=f"trt-yolov6 {__version__}")
     commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -125,7 +125,7 @@ def _add_float_layers(int8: argparse._ActionsContainer) -> None:
         "--max-slowdown",
         type=common.percent,
         metavar="PERCENT",
-        help="--float-layers auto: run time, by layer times, that layers in float may add, such as "
+        help="--float-layers auto: run time, by layer times, that float layers may add, such as "
         "5%%; without --max-ap-drop, the most accurate set within it",
     )
     common.add_data(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trt_yolov6.errors import ClassesDifferError
 
-_PLACEHOLDER = re.compile(r"class_\d+|\d+")
+_PLACEHOLDER = re.compile(r"class_\d+")
 """A name that says no more than a number does."""
 
 
@@ -41,7 +41,8 @@ def match_classes(
 
     Args:
         engine: the detector's file, for messages.
-        names: its class names; `class_0` and the like do not count as names.
+        names: its class names; `class_0` and the like do not count as names, nor do numbers unless
+            the data set has the same ones.
         data: the annotation file, for messages.
         data_names: the data set's.
         used: of each of these, whether any object is of it.
@@ -52,7 +53,7 @@ def match_classes(
     if not names:  # a graph with NMS inside and no manifest has none
         every = tuple(range(len(data_names)))
         return ClassMatch(every, every, ())
-    own, other = _keys(names), _keys(data_names)
+    own, other = _keys(names, data_names), _keys(data_names, names)
     if own is None or other is None:
         return _by_order(engine, names, data, data_names, used)
     place_of = {key: place for place, key in enumerate(other)}
@@ -107,7 +108,7 @@ def order_by_name(
         None for the classes without an object that the network does not know; nothing at all where
         the two do not have the same classes, or have no names.
     """
-    own, other = _keys(names), _keys(data_names)
+    own, other = _keys(names, data_names), _keys(data_names, names)
     if own is None or other is None or not set(own) <= set(other):
         return None
     place_of = {key: place for place, key in enumerate(own)}
@@ -141,9 +142,10 @@ def _by_order(
     return ClassMatch(tuple(kept), tuple(kept), tuple(notes))
 
 
-def _keys(names: Sequence[str]) -> list[str] | None:
+def _keys(names: Sequence[str], others: Sequence[str]) -> list[str] | None:
     """Return normalized names for comparison; None where they are generic or not unique."""
-    if all(_PLACEHOLDER.fullmatch(name) for name in names):
+    are_numbers = all(name.isdecimal() for name in names)
+    if all(map(_PLACEHOLDER.fullmatch, names)) or (are_numbers and set(names) != set(others)):
         return None
     keys = [re.sub(r"[\s_-]+", " ", name).strip().casefold() for name in names]
     return keys if len(set(keys)) == len(keys) else None

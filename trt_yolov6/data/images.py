@@ -63,7 +63,8 @@ def list_images(path: str | Path) -> list[Path]:
 def images_below(folder: Path) -> list[Path]:
     """Return the images in a folder and its sub-folders, hidden ones aside, sorted by path.
 
-    Pictures of other formats are left out with a warning.
+    Links to folders are followed, to each folder once. Pictures of other formats are left out with
+    a warning.
 
     Raises:
         UserError: nearly all that is found is something else, as below `/`.
@@ -71,7 +72,13 @@ def images_below(folder: Path) -> list[Path]:
     found: list[Path] = []
     others: Counter[str] = Counter()
     looked_at = 0
-    for place, folders, files in os.walk(folder):
+    walked: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in walked:
+            folders.clear()
+            continue
+        walked.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         looked_at += len(folders) + len(files)
         for name in files:

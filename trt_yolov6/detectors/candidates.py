@@ -20,14 +20,12 @@ class Candidates:
 
     images:  int64 (n,), place of the image in the batch, ascending
     classes: int64 (n,), index into the class names
-    anchors: int64 (n,), index of the anchor
     scores:  float32 (n,), in 0..1
     boxes:   float32 (n, 4), x1, y1, x2, y2 in input pixels
     """
 
     images: NDArray[np.int64]
     classes: NDArray[np.int64]
-    anchors: NDArray[np.int64]
     scores: NDArray[np.float32]
     boxes: NDArray[np.float32]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from trt_yolov6.graph.index import constants_of, names_read, tensor_value
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
 
 
 def at_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
@@ -30,6 +33,18 @@ def copy_notes(source: onnx.ModelProto, target: onnx.ModelProto) -> None:
     del target.metadata_props[:]
     target.metadata_props.extend(source.metadata_props)
     target.producer_name, target.producer_version = source.producer_name, source.producer_version
+
+
+def bypass(graph: gs.Graph, source: gs.Tensor, result: gs.Tensor) -> None:
+    """Have the readers of `result` read `source`; an output of the graph keeps its name."""
+    if result in graph.outputs:
+        (maker,) = source.inputs
+        result.inputs.clear()
+        maker.outputs = [result if item is source else item for item in maker.outputs]
+        source, result = result, source
+    for node in list(result.outputs):
+        node.inputs = [source if item is result else item for item in node.inputs]
+    result.inputs.clear()
 
 
 def set_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from trt_yolov6.graph.editing import copy_notes
+from trt_yolov6.graph.editing import bypass, copy_notes
 from trt_yolov6.graph.index import GraphIndex, nodes_after_layers
 from trt_yolov6.graph.operators import FREE_OPS
 
@@ -62,17 +62,8 @@ def _remove_bounces(graph: gs.Graph) -> None:
     """
     for back in [node for node in graph.nodes if _is_cast(node, np.float32)]:
         down = back.inputs[0].inputs[0] if back.inputs[0].inputs else None
-        if down is None or not _is_cast(down, np.float16):
-            continue
-        source, result = down.inputs[0], back.outputs[0]
-        if result in graph.outputs:
-            producer = source.inputs[0]
-            producer.outputs = [result if item is source else item for item in producer.outputs]
-            source, result = result, source
-        for user in list(result.outputs):
-            if user is not back:
-                user.inputs = [source if item is result else item for item in user.inputs]
-        back.outputs.clear()
+        if down is not None and _is_cast(down, np.float16):
+            bypass(graph, down.inputs[0], back.outputs[0])
 
 
 def _is_cast(node: gs.Node, dtype: type[np.generic]) -> bool:

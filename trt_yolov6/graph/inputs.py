@@ -1,9 +1,10 @@
-"""Leave a graph one input, the image: auxiliary ones become constants, weights are none any more.
+"""Leave a graph one input, images in float32 or uint8, whatever else its exporter made inputs.
 
-PaddleDetection's exports take the factor that an image was resized by, to give boxes in the
-original image, and some its size. With a factor of 1 boxes come in input pixels, as elsewhere.
-Before version 4 of the format, weights had to be inputs, too, and some exporters still write them
-so; ONNX Runtime then folds nothing into them, and conversions leave them out.
+PaddleDetection's take the factor that an image was resized by (`scale_factor`), to give boxes in
+the original image, and some its size (`im_shape`). With a factor of 1 boxes come in input pixels,
+as elsewhere. Before version 4 of the format, weights had to be inputs, too, and some exporters
+still write them so; ONNX Runtime then folds nothing into them, and conversions leave them out.
+Ultralytics' exports in half precision take the image in that.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def input_spec(model: onnx.ModelProto) -> TensorSpec:
 def with_one_input(
     model: onnx.ModelProto, path: str | Path, image_size: tuple[int, int] | None = None
 ) -> bool:
-    """Make the image a graph's only input; return whether it was not.
+    """Make the image a graph's only input, not in half precision; return whether it was not so.
 
     Args:
         model: changed in place.
@@ -79,10 +80,18 @@ def with_one_input(
         # One row serves a free batch: it is broadcast.
         value = np.tile(np.array(row, spec.dtype), (batch, 1))
         add_initializers(model.graph, {item.name: value})
-    if len(model.graph.input) == 1:
-        return False
     image = onnx.ValueInfoProto()
     image.CopyFrom(runtime_inputs(model)[0])
+    is_half = image.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    if len(model.graph.input) == 1 and not is_half:
+        return False
+    if is_half:
+        name, image.name = image.name, f"{image.name}_float32"
+        image.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        cast = onnx.helper.make_node(
+            "Cast", [image.name], [name], f"{name}_cast", to=onnx.TensorProto.FLOAT16
+        )
+        model.graph.node.insert(0, cast)
     del model.graph.input[:]
     model.graph.input.append(image)
     model.ir_version = max(model.ir_version, 4)

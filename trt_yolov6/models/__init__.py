@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trt_yolov6.models.complexity import count_flops, count_parameters
 from trt_yolov6.models.fusion import fold_shortcuts, fuse, is_fused, single_branch
-from trt_yolov6.models.network import YOLOv6, build_model
+from trt_yolov6.models.network import YOLOv6
 from trt_yolov6.models.variants import STRIDES, VARIANTS, Architecture, architecture
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "Architecture",
     "YOLOv6",
     "architecture",
-    "build_model",
     "count_flops",
     "count_parameters",
     "fold_shortcuts",

@@ -14,7 +14,7 @@ from trt_yolov6.models.variants import Architecture
 
 
 class YOLOv6(nn.Module):
-    """A network of the family: `arch` says which. It is in training form; `fuse` makes another."""
+    """A network of the family, `arch` says which: in training form, with random weights."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -54,8 +54,3 @@ def shapes_only(arch: Architecture) -> YOLOv6:
     """Return a network in training form without data, on PyTorch's "meta" device."""
     with torch.device("meta"):
         return YOLOv6(arch)
-
-
-def build_model(arch: Architecture) -> YOLOv6:
-    """Return a network in training form with random weights."""
-    return YOLOv6(arch)

@@ -14,7 +14,7 @@ from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.fusion import single_branch
 from trt_yolov6.models.head import HeadLevel
-from trt_yolov6.models.network import YOLOv6, build_model
+from trt_yolov6.models.network import YOLOv6
 from trt_yolov6.models.variants import Architecture, architecture
 from trt_yolov6.training.losses import check_losses
 from trt_yolov6.training.recipe import TrainSettings, adapted
@@ -55,7 +55,7 @@ def starting_model(
             start = _from_checkpoint(settings, load_checkpoint(settings.weights), class_names)
         else:
             arch = architecture(settings.variant, len(class_names))
-            start = Start(build_model(adapted(arch, settings.architecture)), ())
+            start = Start(YOLOv6(adapted(arch, settings.architecture)), ())
             reset_predictions(start.model)
     arch = start.model.arch
     check_losses(settings.losses, arch)
@@ -91,7 +91,7 @@ def _from_checkpoint(
                 f"{_listed(class_names)}, in this order."
             )
         return Start(checkpoint.model.train().requires_grad_(True), tuple(notes))
-    model = build_model(dataclasses.replace(arch, num_classes=len(class_names)))
+    model = YOLOv6(dataclasses.replace(arch, num_classes=len(class_names)))
     reset_predictions(model)
     weights = checkpoint.model.state_dict()
     own = model.state_dict()
@@ -115,7 +115,7 @@ def _from_scales(
     check_scales(checkpoint)
     if settings.rep_optimizer is not None and settings.rep_optimizer.scales is not None:
         _check_agreement(settings, checkpoint)
-    search = build_model(dataclasses.replace(checkpoint.arch, num_classes=len(class_names)))
+    search = YOLOv6(dataclasses.replace(checkpoint.arch, num_classes=len(class_names)))
     reset_predictions(search)
     copy_scales(checkpoint.model, search)
     multipliers = gradient_multipliers(search)

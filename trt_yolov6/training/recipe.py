@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from trt_yolov6.checkpoints.loading import Checkpoint
-from trt_yolov6.common.ranges import Checked, Count, ShareBelow1, fitting
+from trt_yolov6.common.ranges import Checked, Count, Share, ShareBelow1, fitting
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.models.variants import (
@@ -48,7 +48,7 @@ class ArchitectureOptions(Checked):
 
     block: BlockKind | None = None
     activation: ActivationName | None = None
-    csp_ratio: float | None = None
+    csp_ratio: Share | None = None
     """Channel coefficient of CSPStackRep blocks; 0 for plain RepBlocks."""
     dfl: bool | None = None
     """True if the head predicts distributions over distances."""
@@ -222,10 +222,6 @@ def adapted(arch: Architecture, options: ArchitectureOptions) -> Architecture:
     if options.csp_ratio is not None:
         if arch.mbla and options.csp_ratio == 0:
             raise UserError(f"{arch.name} is made of MBLA blocks; give a CSP ratio above 0.")
-        if not 0 <= options.csp_ratio <= 1:
-            raise UserError(
-                f"a CSP ratio of {options.csp_ratio} is out of range; give 0 (none) to 1."
-            )
         changes["csp_ratio"] = options.csp_ratio or None
         if (arch.csp_ratio is None) != (changes["csp_ratio"] is None):
             # A bottleneck of a CSPStackRep block has two blocks.

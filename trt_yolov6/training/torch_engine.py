@@ -92,7 +92,6 @@ class TorchEngine(Engine):
             Candidates(
                 images=image.cpu().numpy(),
                 classes=label.cpu().numpy(),
-                anchors=anchor.cpu().numpy(),
                 scores=scores[image, anchor, label].cpu().numpy(),
                 boxes=boxes[image, anchor].cpu().numpy(),
             )

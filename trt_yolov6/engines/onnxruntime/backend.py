@@ -141,7 +141,7 @@ def _read(
     """
     content = read_bytes(path)
     graph = parsed_model(content) if manifest is None else None
-    if graph is None:
+    if graph is None or not graph.graph.input:  # cut short, which what opens the session says
         return content, None, ()
     from trt_yolov6.graph.files import read_weights, sort_nodes
     from trt_yolov6.graph.inputs import with_one_input

@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trt_yolov6.errors import UserError
-from trt_yolov6.graph.editing import copy_notes
+from trt_yolov6.graph.editing import bypass, copy_notes
 from trt_yolov6.graph.operators import FUSED_OPS, MOVING_OPS, QDQ_OPS, WEIGHTED_OPS
 from trt_yolov6.quantization.qdq.placement import joined_groups
 
@@ -91,7 +91,7 @@ def without_activation_pairs(model: onnx.ModelProto) -> onnx.ModelProto:
             pair.result.inputs.clear()
             graph.nodes.append(gs.Node("Relu", inputs=[pair.source], outputs=[pair.result]))
         else:
-            _bypass(graph, pair.source, pair.result)
+            bypass(graph, pair.source, pair.result)
     result: onnx.ModelProto = gs.export_onnx(graph.cleanup().toposort())
     result.ir_version = model.ir_version
     return result
@@ -112,7 +112,7 @@ def fold_weights(graph: gs.Graph) -> Removed:
         if weights is None or grid is None or grid.zero.dtype not in (np.int8, np.uint8):
             continue
         levels = _constant(graph, f"{quantize.inputs[0].name}/stored", grid.quantize(weights))
-        _bypass(graph, levels, quantize.outputs[0])
+        bypass(graph, levels, quantize.outputs[0])
         yield quantize.inputs[0].name, "stored as INT8 instead of float"
 
 
@@ -128,7 +128,7 @@ def fold_biases(graph: gs.Graph) -> Removed:
         bias = _constant(
             graph, f"{dequantize.inputs[0].name}/float", grid.dequantize(levels).astype(np.float32)
         )
-        _bypass(graph, bias, dequantize.outputs[0])
+        bypass(graph, bias, dequantize.outputs[0])
         yield dequantize.inputs[0].name, "stored as float"
 
 
@@ -142,7 +142,7 @@ def merge_equal_pairs(graph: gs.Graph) -> Removed:
                 continue
             first = kept.setdefault((id(source), *grid.key()), node)
             if first is not node:
-                _bypass(graph, first.outputs[0], node.outputs[0])
+                bypass(graph, first.outputs[0], node.outputs[0])
                 yield source.name, "quantized twice, alike"
 
 
@@ -163,7 +163,7 @@ def drop_requantization(graph: gs.Graph) -> Removed:
         name = source.inputs[0].name
         if first.key() == second.key():
             for dequantize in [node for node in quantize.outputs[0].outputs if node.op == _DQ]:
-                _bypass(graph, before.outputs[0], dequantize.outputs[0])
+                bypass(graph, before.outputs[0], dequantize.outputs[0])
             yield name, "quantized again with its own scale"
         elif (
             len(before.outputs[0].outputs) == 1
@@ -196,7 +196,7 @@ def drop_pairs_in_fusions(graph: gs.Graph) -> Removed:
         if pair.result in graph.outputs or pair.is_relu or not (activation or shortcut):
             continue
         reason = f"kept {layer.op} {layer.name} from fusing with {readers[0].op}"
-        _bypass(graph, pair.source, pair.result)
+        bypass(graph, pair.source, pair.result)
         yield pair.source.name, reason
 
 
@@ -212,7 +212,7 @@ def drop_useless_pairs(graph: gs.Graph) -> Removed:
         if pair.is_relu or _is_pinned(graph, pair.source, pair.result):
             continue
         readers = sorted({node.op for node in pair.result.outputs}) or ["the outputs"]
-        _bypass(graph, pair.source, pair.result)
+        bypass(graph, pair.source, pair.result)
         reason = f"read by {', '.join(readers)} only, which gains nothing from INT8"
         yield pair.source.name, reason
 
@@ -403,21 +403,6 @@ def _constant(graph: gs.Graph, name: str, value: NDArray[Any]) -> gs.Constant:
     while name in taken:
         name += "_"
     return gs.Constant(name, np.array(value, order="C"))
-
-
-def _bypass(graph: gs.Graph, source: gs.Tensor, result: gs.Tensor) -> None:
-    """Have the readers of `result` read `source`; an output of the graph keeps its name."""
-    if result in graph.outputs:
-        maker = _maker(source)
-        assert maker is not None
-        for node in list(source.outputs):
-            node.inputs = [result if item is source else item for item in node.inputs]
-        result.inputs.clear()
-        maker.outputs = [result if item is source else item for item in maker.outputs]
-        return
-    for node in list(result.outputs):
-        node.inputs = [source if item is result else item for item in node.inputs]
-    result.inputs.clear()
 
 
 def _is_pinned(graph: gs.Graph, source: gs.Tensor, result: gs.Tensor) -> bool:
