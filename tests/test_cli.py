@@ -245,6 +245,7 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["sensitivity", "--split", "val"], "--data"),
         (["sensitivity", "--onnx", "none.onnx"], "none.onnx"),
         (["build", "--fp16", "--fp32"], "not allowed with"),
+        (["build", "--int8", "--no-reconstruct", "--adaptive-rounding"], "not allowed with"),
         (["build", "--imgsz", "99968"], "pixels"),
         (["build", "--names", "coco.txt"], "--names is for --onnx"),
         (["bench", "--conf", "0.5"], "--conf is for --end-to-end"),
