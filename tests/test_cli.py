@@ -260,6 +260,10 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["eval", "--engine", "engines/none.trt"], "engines/none.trt"),
         (["eval", "--conf", "2", "--engine", "none.onnx"], "none.onnx"),
         (["compare", "samples/yolov6n_bccd.pt", "--backends", "x"], "--backends x is not known"),
+        (
+            ["compare", "samples/yolov6n_bccd.pt", "--imgsz", "100"],
+            "--imgsz 100x100 is not a multi",
+        ),
         (["sensitivity", "--plot", "x.jpg", "--onnx", "none.onnx"], "--plot x.jpg is not a PNG"),
         (["eval", "--plots", "samples/README.md", "--engine", "none.onnx"], "README.md is a file"),
         (["infer", "--source", "nowhere"], "trt-yolov6 build"),
