@@ -206,7 +206,7 @@ def sample_outputs(images: int) -> Outputs:
             for picture in pictures:
                 array = engine.empty_input(1)
                 pixels = read_image(picture)
-                fill_row(array[0], pixels, engine.input, preprocessing=engine.preprocessing)
+                fill_row(array[0], pixels, engine.input, 0, engine.preprocessing)
                 for name, value in engine.infer(array).items():
                     parts[name].append(value)
     return {name: np.concatenate(values) for name, values in parts.items()}

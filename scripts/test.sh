@@ -28,7 +28,8 @@ unset PYTHONDONTWRITEBYTECODE
     # processes would compile at once. The run below says what is wrong.
     .venv/bin/python -c 'import pytest, ray.data, torch._dynamo, torch.onnx._internal.exporter._core
 pytest.main(["--collect-only", "-qq"])' >/dev/null || true
-    NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+    # Not --quiet: then no warning counts.
+    NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 } &
 building=$!
 .venv/bin/ruff format --check .

@@ -20,10 +20,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from support.tiny_detector import CELL, load_named
+from support.training_data import tiny_architecture
 
 import trt_yolov6
 from trt_yolov6 import Detector, Precision, UserError, read_image
+from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.cli import main as cli_main
+from trt_yolov6.models import YOLOv6
 from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 EXAMPLES = [
@@ -371,6 +374,20 @@ def test_a_checkpoint_brings_its_names_and_a_graph_its_size(folder: Path) -> Non
     graph = trt_yolov6.export(folder / "yolov6n.pt", image_size=sizes[0], batch=sizes[1])
     assert graph.image_size == (64, 64)
     assert graph.batch == BatchProfile(4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [({"image_size": 96}, 96), ({"image_size": 64}, 64), ({"image_size": "wide"}, 640), ({}, 640)],
+)
+def test_a_graph_has_the_size_of_the_training(
+    tmp_path: Path, settings: dict[str, Any], size: int
+) -> None:
+    model = YOLOv6(tiny_architecture(2))
+    write_checkpoint(tmp_path / "net.pt", model, ("a", "b"), Training(settings, 1, None))
+    graph = trt_yolov6.export(tmp_path / "net.pt")
+    assert graph.image_size == (size, size)
+    assert trt_yolov6.export(tmp_path / "net.pt", image_size=128).image_size == (128, 128)
 
 
 def test_no_verb_writes_over_what_it_reads(folder: Path, tmp_path: Path) -> None:

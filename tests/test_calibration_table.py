@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.table import (
+    SCHEMA,
     CalibrationKey,
     CalibrationTable,
     model_sha256,
@@ -25,11 +26,7 @@ from trt_yolov6.quantization.table import (
 )
 
 KEY = CalibrationKey("aa", "bb", {"calibrator": "percentile", "percentile": 99.9, "limit": None})
-TABLE = CalibrationTable(
-    {"images": 1.0, "relu:0": 0.1 + 0.2, "a b": 1e-30},
-    {"images": "minmax", "relu:0": "mse", "a b": "mse"},
-    KEY,
-)
+TABLE = CalibrationTable({"images": 1.0, "relu:0": 0.1 + 0.2, "a b": 1e-30}, "mse", KEY)
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -81,10 +78,14 @@ def test_no_table_needs_no_reason(tmp_path: Path) -> None:
 
 
 def damaged(change: Callable[[Any], Any]) -> str:
-    value = {
-        "schema": 1,
+    value: dict[str, Any] = {
+        "schema": SCHEMA,
+        "variant": "plain",
+        "float_layers": [],
+        **dict.fromkeys(("biases_corrected", "reconstructed", "by_gradients"), False),
+        "learned_sha256": None,
         "key": {"model_sha256": "aa", "images_sha256": "bb", "settings": {}},
-        "tensors": {"x": {"amax": 1.0, "method": "mse"}},
+        "tensors": {"x": {"amax": 1.0, "method": "mse"}, "y": {"amax": 2.0, "method": "mse"}},
     }
     change(value)
     return json.dumps(value)
@@ -94,13 +95,16 @@ BAD = {
     "no JSON": "{",
     "a list": "[]",
     "an engine's manifest": '{"schema": 1, "engine": "yolov6s.trt"}',
-    "a newer version": damaged(lambda v: v.update(schema=2)),
+    "a newer version": damaged(lambda v: v.update(schema=SCHEMA + 1)),
     "no tensors": damaged(lambda v: v.pop("tensors")),
     "a list of tensors": damaged(lambda v: v.update(tensors=[1])),
     "a range of text": damaged(lambda v: v["tensors"]["x"].update(amax="wide")),
     "a range of zero": damaged(lambda v: v["tensors"]["x"].update(amax=0)),
     "an infinite range": damaged(lambda v: v["tensors"]["x"].update(amax=1e999)),
     "a range that is not a number": damaged(lambda v: v["tensors"]["x"].update(amax=float("nan"))),
+    "two methods": damaged(lambda v: v["tensors"]["x"].update(method="minmax")),
+    "an unknown method": damaged(lambda v: v["tensors"]["x"].update(method="guess")),
+    "an empty table": damaged(lambda v: v["tensors"].clear()),
     "a key of numbers": damaged(lambda v: v["key"].update(model_sha256=3)),
 }
 
@@ -110,6 +114,8 @@ def test_a_damaged_table_is_a_sentence_to_the_reader_and_a_reason_to_calibrate(
     tmp_path: Path, content: str
 ) -> None:
     path = tmp_path / "t.json"
+    path.write_text(damaged(lambda v: None))
+    assert read_table(path).amax == {"x": 1.0, "y": 2.0}
     path.write_text(content)
     with pytest.raises(UserError, match=r"t\.json .*; .*\.$"):
         read_table(path)

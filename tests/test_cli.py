@@ -75,7 +75,7 @@ def test_build_without_arguments_takes_the_sample_and_says_so(
 ) -> None:
     assert main(["build", "--backend", "onnxruntime", "--quiet"]) == 0
     captured = capsys.readouterr()
-    assert "taking samples/yolov6n_bccd.pt, the sample's" in captured.out
+    assert "taking the sample's samples/yolov6n_bccd.pt" in captured.out
     assert "next, " not in captured.out  # --quiet
     assert "engines/yolov6n_bccd-fp32.onnx" in captured.out
     manifest = json.loads((workplace / "engines" / "yolov6n_bccd-fp32.json").read_text())
@@ -154,7 +154,7 @@ def test_samples_that_are_not_here_are_not_offered(
     for stages in ("--end-to-end", "--stages"):
         said = refusal(capsys, "bench", "--engine", "tiny_split_None_False.onnx", stages)
         assert said.endswith(
-            "samples/images/val, the sample's, is not here; name yours with --source."
+            "--source is missing, and the sample's samples/images/val is not here; name yours."
         )
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("build --weights FILE.pt")
@@ -302,7 +302,7 @@ def test_calibration_without_images_asks_for_them(
     monkeypatch.chdir(tmp_path)
     write_tiny(tmp_path / "tiny.pt")
     said = refusal(capsys, "build", "--weights", "tiny.pt", "--int8")
-    assert "calib, the sample's, is not here; name yours with --calib" in said
+    assert "--calib is missing, and the sample's calib is not here; name yours." in said
 
 
 def test_a_checkpoint_is_built_though_it_is_given_as_an_onnx_file(tiny: str) -> None:

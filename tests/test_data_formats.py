@@ -516,6 +516,9 @@ def test_voc_beside_the_images_is_read_and_difficult_objects_do_not_count(tmp_pa
     for size in sizes:  # as some tools leave it
         file.write_text(re.sub("<size>.*</size>", size, whole))
         assert load_coco(tmp_path).images == dataset.images
+    for name in ("before.png", "b", ""):  # as it was called before, or without its ending
+        file.write_text(re.sub("<filename>.*</filename>", f"<filename>{name}</filename>", whole))
+        assert load_coco(tmp_path).images == dataset.images
     file.write_text(whole)
     file.write_text(file.read_text().replace("<name>dog</name>", ""))
     with pytest.raises(

@@ -302,5 +302,7 @@ def test_a_data_sets_record_says_whether_a_jpeg_is_turned(tmp_path: Path) -> Non
         assert isinstance(opened, Jpeg)
         assert opened.size == read_coco_image(record).shape[:2] == (height, width)
         assert opened.header.orientation == (6 if height > width else 1)
+        # Where no GPU decodes it, as without nvImageCodec.
+        np.testing.assert_array_equal(opened.read(), read_coco_image(record))
     with pytest.raises(UserError, match=r"turned\.jpg is .* pixels"):
         open_coco_image(CocoImage(1, path, 100, 100))

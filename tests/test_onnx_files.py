@@ -114,6 +114,31 @@ def test_nodes_out_of_order_are_sorted_and_built(tmp_path: Path) -> None:
     assert again.SerializeToString() == before
 
 
+def test_functions_of_the_file_s_own_are_put_in_place(tmp_path: Path) -> None:
+    model = detector()
+    opset = helper.make_opsetid("", 17)
+    (stem,) = [node for node in model.graph.node if node.name == "stem"]
+    inner = type(stem).FromString(stem.SerializeToString())
+    inner.input[:], inner.output[:] = ["x", "w", "b"], ["y"]
+    model.functions.append(
+        helper.make_function("own", "Stem", ["x", "w", "b"], ["y"], [inner], [opset])
+    )
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    call = helper.make_node("Stem", list(stem.input), list(stem.output), domain="own")
+    stem.CopyFrom(call)
+    path = save(model, tmp_path / "functions.onnx")
+    for fp16 in (False, True):
+        own, plain = (
+            graph_from_onnx(one, fp16=fp16).model
+            for one in (path, save(detector(), tmp_path / "plain.onnx"))
+        )
+        assert sorted(n.op_type for n in own.graph.node) == sorted(
+            n.op_type for n in plain.graph.node
+        )
+        for given, wanted in zip(*(run(m, random_images(1)[0]) for m in (own, plain)), strict=True):
+            np.testing.assert_array_equal(given, wanted)
+
+
 def test_nodes_in_a_circle_are_refused(tmp_path: Path) -> None:
     model = detector()
     model.graph.node[0].input[0] = model.graph.node[1].output[0]

@@ -72,6 +72,31 @@ def test_outputs_that_are_not_a_detector_s_are_refused(
         assert_refused(engine, said, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:every anchor")
+@pytest.mark.parametrize(
+    ("anchors", "said"),
+    [(GRID * GRID, "does not run on a batch of 2"), (-1, "are not for the 2 images of a batch")],
+)
+def test_a_batch_axis_that_is_free_at_the_input_only_is_named(
+    tmp_path: Path, anchors: int, said: str
+) -> None:
+    """Some exports have a batch of 1 in a Reshape."""
+    with load_tiny(tmp_path) as engine:
+        model = onnx.load(engine.path)
+    for output, last in (("boxes", 4), ("scores", 3)):
+        maker = next(node for node in model.graph.node if output in node.output)
+        maker.output[:] = [f"{output}_0"]
+        shape = numpy_helper.from_array(np.array([1, anchors, last]), f"{output}_shape")
+        model.graph.initializer.append(shape)
+        model.graph.node.append(helper.make_node("Reshape", [f"{output}_0", shape.name], [output]))
+    path = tmp_path / "one.onnx"
+    onnx.save(model, path)
+    with load_engine(path) as engine:
+        assert len(detect(engine, [WHITE] * 2, PredictOptions(batch=1))) == 2
+        with pytest.raises(UserError, match=f"{said}.* `batch`"):
+            detect(engine, [WHITE] * 2)
+
+
 def test_objectness_and_classes_before_their_sigmoid_are_refused(tmp_path: Path) -> None:
     """The product of two negative logits looks like a score above 1."""
     with changed(tmp_path, "rows", ("Mul", -9.0), layout="rows") as engine:

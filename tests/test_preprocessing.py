@@ -31,7 +31,7 @@ def prepared(family: str, image: NDArray[np.uint8], kind: Any = np.float32) -> N
     shape = (None, 3, *SIZE) if kind is not np.uint8 else (None, *SIZE, 3)
     spec = TensorSpec("images", shape, np.dtype(kind))
     row = np.empty(shape[1:], kind)
-    fill_row(row, image, spec, preprocessing=FAMILIES[family].preprocessing)
+    fill_row(row, image, spec, 0, FAMILIES[family].preprocessing)
     return row
 
 

@@ -50,7 +50,7 @@ def load(
         UserError: the file is missing, damaged, not a detector, or needs a backend that does not
             run here.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import load
         >>> with load("yolov6n.onnx") as detector:
         ...     found = detector.predict(["images/BloodImage_00007.jpg"])
@@ -88,7 +88,7 @@ def evaluate(
     Raises:
         UserError: the data cannot be read, or its classes are not the detector's.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import evaluate
         >>> result = evaluate("yolov6n.onnx", "cells")
         >>> result.images, 0 <= result.ap <= 1
@@ -130,7 +130,7 @@ def benchmark(
     Raises:
         UserError: an engine does not take the batch size, or an image cannot be read.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import benchmark
         >>> result = benchmark("yolov6n.onnx", batch=1, duration=0.1, warm_up=0)
         >>> result.throughput_fps == 1 / result.latency.median
@@ -216,7 +216,7 @@ def compare(
     Raises:
         UserError: a file cannot be compared, or a precision cannot be built here.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import compare
         >>> results = compare(["yolov6n.onnx"], "comparison", data="cells", batches=(1,),
         ...                   rounds=3, duration=0.1, examples=0, layers=False, progress=False)
@@ -245,7 +245,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     Raises:
         UserError: the file is missing, damaged or of another kind.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import inspect
         >>> found = inspect("yolov6n.onnx")
         >>> found.kind, found.manifest.class_names
@@ -288,7 +288,7 @@ def train(
     Raises:
         UserError: bad data, checkpoint or settings, a folder in use, or training diverged.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import train
         >>> result = train("cells", "run", model="n", epochs=1, batch=4, image_size=64,
         ...                train_split="val", progress=False)

@@ -16,7 +16,7 @@ class UserError(Exception):
     says what to do. The command line prints it on stderr, with its own options in place of the
     parameters, and exits with code 2.
 
-    Example:
+    Examples:
         >>> error = UserError("IoU threshold 2 is out of range; give `iou` in 0..1.")
         >>> str(error)
         'IoU threshold 2 is out of range; give `iou` in 0..1.'

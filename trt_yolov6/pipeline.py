@@ -50,7 +50,7 @@ class GraphOptions(TypedDict, total=False):
 
     image_size: int | tuple[int, int] | None
     """Side, or height and width, of the input in pixels; multiples of 32. Default: what a
-    checkpoint was trained at (mostly 640), and an ONNX file's own."""
+    checkpoint was trained at (the authors' mostly 640), and an ONNX file's own."""
     batch: int | tuple[int, int, int] | BatchProfile | None
     """A fixed batch size, or (min, opt, max). Default: (1, 32, 32), and an ONNX file's own."""
     nms: NmsSettings | None
@@ -120,7 +120,7 @@ def export(
     Raises:
         UserError: the source is not a detector, or an option does not apply to it.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import export
         >>> graph = export("yolov6n.pt", image_size=64, batch=1, output="yolov6n.onnx")
         >>> graph.name, graph.precision, graph.image_size, graph.class_names
@@ -164,7 +164,7 @@ def quantize(
     Raises:
         UserError: the source is not a float32 detector, or the images cannot calibrate it.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import QuantizationSettings, quantize
         >>> quick = QuantizationSettings(calibrator="minmax", equalize=False, bias_correction=False)
         >>> graph = quantize("yolov6n.onnx", "calib", settings=quick)
@@ -242,7 +242,7 @@ def build(
     Raises:
         UserError: the backend is missing or refuses a setting, or see `export` and `quantize`.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import build
         >>> built = build("yolov6n.onnx", precision="fp16", output="yolov6n-fp16.onnx")
         >>> built.manifest.precision, built.manifest.backend
@@ -327,7 +327,7 @@ def _quantized_for(
 
 
 def quantization_settings(
-    precision: Precision, settings: QuantizationSettings | None = None
+    precision: Precision, settings: QuantizationSettings | None
 ) -> QuantizationSettings:
     """Return settings whose type, rest and float layers are those of a precision."""
     from trt_yolov6.quantization.settings import QuantizationSettings
@@ -374,15 +374,16 @@ def _float_graph(
         from trt_yolov6.graph.export import DEFAULT_OPSET, ExportSettings, graph_from_checkpoint
 
         _refuse(of_onnx, "a checkpoint, which is a YOLOv6 and brings its class names along")
+        checkpoint = load_checkpoint(source) if isinstance(source, (str, Path)) else source
+        trained = checkpoint.training.image_size if checkpoint.training else None
         settings = ExportSettings(
-            image_size=size,
+            image_size=size or (two_sides(trained) if trained else None),
             batch=profile or BatchProfile(),
             fp16=fp16,
             nms=options.get("nms"),
             uint8_input=options.get("uint8_input", False),
             opset=options.get("opset") or DEFAULT_OPSET,
         )
-        checkpoint = load_checkpoint(source) if isinstance(source, (str, Path)) else source
         _log.info(
             "exporting %s from %s to ONNX (some seconds) ...", checkpoint.arch.name, checkpoint.path
         )

@@ -35,7 +35,7 @@ class Precision:
     After the 8-bit types, `+fp16` puts everything else in half precision, and `:6` or `:auto` keeps
     that many of the layers most sensitive to INT8 in float.
 
-    Example:
+    Examples:
         >>> Precision.parse("int8+fp16:6")
         Precision(base='int8', rest='fp16', float_layers=6)
         >>> str(Precision("int8", float_layers="auto"))
@@ -186,7 +186,7 @@ class BatchProfile:
     def steps(self) -> tuple[int, ...]:
         """Return few batch sizes, ascending, so that the next is at most twice any it stands for.
 
-        Example:
+        Examples:
             >>> BatchProfile(1, 8, 12).steps()
             (1, 2, 4, 8, 12)
         """
@@ -198,7 +198,7 @@ class BatchProfile:
     def of(cls, batch: int | Sequence[int] | BatchProfile) -> BatchProfile:
         """Return a profile: of one batch size, of (min, opt, max), or the one given.
 
-        Example:
+        Examples:
             >>> BatchProfile.of(8)
             BatchProfile(min=8, opt=8, max=8)
         """
@@ -244,7 +244,7 @@ _NMS = NmsSettings()
 class PredictOptions:
     """Options for going from images to detections; None leaves one to the detector and the task.
 
-    Example:
+    Examples:
         >>> PredictOptions(confidence=0.1).nms(NmsSettings(iou=0.7))
         NmsSettings(confidence=0.1, iou=0.7, max_detections=300)
     """

@@ -35,5 +35,5 @@ def prepared(
     """Return images as the input that a spec describes."""
     array = empty_input(spec, len(images))
     for row, image in zip(array, images, strict=True):
-        fill_row(row, image, spec, preprocessing=how)
+        fill_row(row, image, spec, 0, how)
     return array

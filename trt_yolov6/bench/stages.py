@@ -116,7 +116,7 @@ def benchmark_stages(
     images: Sequence[Path | bytes],
     options: PredictOptions | None = None,
     *,
-    batch: int = 1,
+    batch: int,
     duration: float = 10.0,
 ) -> StageReport:
     """Measure each stage from encoded images in memory to detections, and all of them together.

@@ -52,6 +52,12 @@ class Training:
     ap: float | None
     """COCO AP on the validation split in 0..1; None where it was not evaluated."""
 
+    @property
+    def image_size(self) -> int | None:
+        """Side of the input in pixels that it was trained at; None where the file has none."""
+        size = self.settings.get("image_size")
+        return size if isinstance(size, int) and size > 0 else None
+
 
 def write_checkpoint(
     path: str | Path, model: YOLOv6, class_names: tuple[str, ...], training: Training

@@ -44,7 +44,7 @@ def add(commands: common.Commands) -> None:
     )
     parser.add_argument("--batches", type=_numbers, metavar="N,...", help="batch sizes (1,32)")
     parser.add_argument("--backends", type=_texts, metavar="B,...", help="backends (auto)")
-    text = "input size of the engines that are built (640, an ONNX file's own)"
+    text = "input size of the engines that are built (that of `train`, an ONNX file's own)"
     common.add_image_size(parser, text, dest="imgsz")
     common.add_data(parser)
     parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")

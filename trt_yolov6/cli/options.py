@@ -146,7 +146,7 @@ def add_data(
 
 def add_image_size(
     parser: argparse._ActionsContainer,
-    text: str = "input size, a multiple of 32 (640; P6 1280, Lite 320)",
+    text: str = "input size, a multiple of 32 (`train`'s; the authors' 640, P6 1280, Lite 320)",
     dest: str = "image_size",
 ) -> None:
     """Add --imgsz."""
@@ -340,6 +340,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 _ALSO = {
     "backend": "backends",
     "border": "eval_border",
+    "calibration": "calib",
     "image_size": "imgsz",
     "images": "source",
     "nms": "end2end",
@@ -373,11 +374,8 @@ def or_sample(given: Path | None, option: str, sample: Path) -> Path:
     if given is not None:
         return given
     if not sample.exists():
-        raise UserError(
-            f"no {option} is given and {sample}, the sample's, is not here; name yours with "
-            f"{option}."
-        )
-    say(f"no {option} given: taking {sample}, the sample's")
+        raise UserError(f"{option} is missing, and the sample's {sample} is not here; name yours.")
+    say(f"no {option} given: taking the sample's {sample}")
     return sample
 
 

@@ -77,7 +77,11 @@ def read_yaml(path: str | Path, *, texts: bool = False) -> Any:
 
 
 def _call(kind: type[Any], value: Any) -> Any:
-    return getattr(kind, "__origin__", kind)(value)
+    made = getattr(kind, "__origin__", kind)
+    try:
+        return made(value)
+    except TypeError:  # in words that depend on Python's version
+        raise TypeError(f"Expected {made.__name__}, got {type(value).__name__}") from None
 
 
 def _where(message: str) -> str:

@@ -7,14 +7,13 @@ step whose inputs changed is another step; nothing has to be cleared by hand.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trt_yolov6.common.files import read_json, write_json
+from trt_yolov6.common.files import read_json, sha256_bytes, write_json
 from trt_yolov6.errors import UserError
 
 Inputs = Mapping[str, Any]
@@ -80,7 +79,7 @@ class Steps:
 def key_of(inputs: Inputs) -> str:
     """Return the SHA-256 of a step's inputs, whatever the order of their keys."""
     text = json.dumps(_plain(inputs), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_bytes(text.encode())
 
 
 def _plain(inputs: Inputs) -> Any:

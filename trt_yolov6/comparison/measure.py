@@ -168,7 +168,7 @@ class Timings:
 
 
 def measure_timings(
-    work: Work, built: Sequence[BuiltCase], bar: tqdm[NoReturn], *, again: bool = False
+    work: Work, built: Sequence[BuiltCase], bar: tqdm[NoReturn], *, again: bool
 ) -> Timings:
     """Measure all engines at all batch sizes in rounds, each of which is a step of the bar.
 

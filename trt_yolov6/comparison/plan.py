@@ -62,7 +62,7 @@ class ModelEntry:
     names: Path | None = None
     """Class names for an ONNX file: text, one a line, or COCO JSON."""
     imgsz: tuple[int, int] | None = None
-    """Height and width; default 640 for checkpoints, its own for an ONNX file."""
+    """Height and width; default: those of the training, and an ONNX file's own."""
     decoder: str | None = None
     """The family of an ONNX file, see `detectors.families`; None finds out."""
     preprocess: tuple[str, ...] = ()

@@ -211,7 +211,7 @@ def read_image(
     Raises:
         UserError: the file is missing, empty, cut short or not an image.
 
-    Example:
+    Examples:
         >>> from trt_yolov6 import read_image
         >>> read_image("images/BloodImage_00007.jpg").shape
         (480, 640, 3)

@@ -57,8 +57,8 @@ class Jpeg:
         return self.header.size
 
     def read(self) -> NDArray[np.uint8]:
-        """Decode it here, see `images.read_image`."""
-        return read_image(self.content, self.name)
+        """Decode it here, in the orientation of `header`; see `images.read_image`."""
+        return read_image(self.content, self.name, as_stored=self.header.orientation == 1)
 
 
 def open_image(source: str | Path | bytes, name: str | None = None) -> Jpeg | NDArray[np.uint8]:

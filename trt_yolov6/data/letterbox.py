@@ -45,7 +45,7 @@ class Letterbox:
 
 
 def to_sources(
-    boxes: NDArray[np.floating], letterboxes: Sequence[Letterbox], *, clip: bool = True
+    boxes: NDArray[np.floating], letterboxes: Sequence[Letterbox], *, clip: bool
 ) -> NDArray[np.float32]:
     """Map the boxes of several images from the network's input to the original images.
 

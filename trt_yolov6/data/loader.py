@@ -136,8 +136,8 @@ def fill_row(
     row: NDArray[Any],
     image: NDArray[np.uint8],
     spec: TensorSpec,
-    border: int = 0,
-    preprocessing: Preprocessing = YOLOV6,
+    border: int,
+    preprocessing: Preprocessing,
 ) -> Letterbox:
     """Pre-process an image, uint8 (height, width, 3) RGB of any size, into its row of a batch.
 

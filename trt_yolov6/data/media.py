@@ -242,9 +242,7 @@ class Clip:
     close: Callable[[], None]
 
 
-def open_video(
-    video: Video, limit: int | None = None, stop: Callable[[], bool] = lambda: False
-) -> Clip:
+def open_video(video: Video, limit: int | None, stop: Callable[[], bool]) -> Clip:
     """Open a video.
 
     Args:

@@ -109,7 +109,7 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: a change is not of that form, or there is no such field or value.
 
-    Example:
+    Examples:
         >>> parse_changes(["fit=stretch", "mean=127.5"])
         {'fit': 'stretch', 'mean': (127.5, 127.5, 127.5)}
     """

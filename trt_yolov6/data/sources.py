@@ -31,7 +31,7 @@ class Source:
     """Notes for whoever uses the split."""
 
 
-def read_source(data: str | Path, split: str | None = None) -> Source:
+def read_source(data: str | Path, split: str | None) -> Source:
     """Find out what a data set is and read one split of it.
 
     Known are COCO (`annotations/instances_<split>.json`, or Roboflow's
@@ -74,7 +74,7 @@ def _reader(data: Path, split: str | None, parameter: str = "split") -> Callable
     )
 
 
-def check_source(data: str | Path, split: str | None = None, parameter: str = "split") -> None:
+def check_source(data: str | Path, split: str | None, parameter: str = "split") -> None:
     """Refuse a path without a data set, or an unknown split; quick, so call it before any work.
 
     Args:
@@ -87,7 +87,7 @@ def check_source(data: str | Path, split: str | None = None, parameter: str = "s
     _reader(Path(data), split, parameter)
 
 
-def choose_split(data: Path, splits: list[str], split: str | None, parameter: str = "split") -> str:
+def choose_split(data: Path, splits: list[str], split: str | None, parameter: str) -> str:
     """Return the split to take.
 
     Raises:

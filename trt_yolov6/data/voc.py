@@ -59,8 +59,9 @@ def read_voc(root: Path, split: str) -> Source:
     """Read a split as the content of a COCO file.
 
     Boxes are made of pixels xmin to xmax, both within and counted from 1, as the VOC development
-    kit defines them. A size that is missing or 0 is read from the image. `difficult` objects become
-    `iscrowd`: neither finding nor missing one counts. Classes are sorted by name.
+    kit defines them. A size that is missing or 0 is read from the image; an image whose name in the
+    XML is out of date is the one named like the XML. `difficult` objects become `iscrowd`: neither
+    finding nor missing one counts. Classes are sorted by name.
 
     Raises:
         UserError: a file of the split is missing or is not such XML.
@@ -78,7 +79,8 @@ def read_voc(root: Path, split: str) -> Source:
     annotations: list[dict[str, Any]] = []
     for index, path in enumerate(splits[split], start=1):
         record = parsed[path]
-        images.append({"id": index, **record["image"], **_size(record["image"], folders)})
+        image = {**record["image"], "file_name": _name(record["image"]["file_name"], path, folders)}
+        images.append({"id": index, **image, **_size(image, folders)})
         annotations += [
             {
                 "image_id": index,
@@ -99,6 +101,12 @@ def read_voc(root: Path, split: str) -> Source:
         },
         folders=folders,
     )
+
+
+def _name(written: str, file: Path, folders: Sequence[Path]) -> str:
+    """Return the name of an image: as its XML has it, or that of the XML where there is no such."""
+    names = [written, *(file.stem + suffix for suffix in IMAGE_SUFFIXES)]
+    return next((name for name in names if find_image(name, folders) is not None), written)
 
 
 def _size(image: dict[str, Any], folders: Sequence[Path]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trt_yolov6.data.letterbox import Letterbox, to_sources
 from trt_yolov6.detectors.candidates import MAX_CANDIDATES, Candidates, Suppressed
-from trt_yolov6.detectors.layouts import LAYOUTS, Found, ReadImage
+from trt_yolov6.detectors.layouts import Found, ReadImage, reader
 from trt_yolov6.detectors.suppression import suppress
 from trt_yolov6.errors import MissingDependencyError
 from trt_yolov6.spec import NmsSettings, OutputLayout
@@ -46,7 +46,7 @@ class Detections:
     gives one, indexing by a slice, a boolean mask or indices (an array or a list) gives a smaller
     `Detections`.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> found = Detections(
         ...     xyxy=np.array([[10, 20, 60, 80], [30, 30, 40, 50]], np.float32),
@@ -217,9 +217,8 @@ def postprocess(
     elif isinstance(outputs, Suppressed):
         return _from_suppressed(outputs, nms, letterboxes, clip=clip, class_names=class_names)
     elif letterboxes:
-        of_image = _from_outputs(
-            LAYOUTS[layout].read(outputs, letterboxes[0].size), nms, letterboxes, clip=clip
-        )
+        read = reader(layout, outputs, letterboxes[0].size, len(letterboxes))
+        of_image = _from_outputs(read, nms, letterboxes, clip=clip)
     else:
         return []
 

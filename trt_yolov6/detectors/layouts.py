@@ -330,11 +330,14 @@ def _only(outputs: Outputs, what: str, fits: Callable[[NDArray[Any]], bool]) -> 
 
 
 def _unlike(outputs: Outputs, wanted: str) -> UserError:
-    shapes = ", ".join(f"{key} {value.shape}" for key, value in outputs.items())
     return UserError(
-        f"the engine's outputs ({shapes}) do not have {wanted}, which its output layout promises; "
-        "build it again with `trt-yolov6 build`, or name its `decoder`.",
+        f"the engine's outputs ({_shapes(outputs)}) do not have {wanted}, which its output layout "
+        "promises; build it again with `trt-yolov6 build`, or name its `decoder`.",
     )
+
+
+def _shapes(outputs: Outputs) -> str:
+    return ", ".join(f"{key} {value.shape}" for key, value in outputs.items())
 
 
 def _classes(rank: int, axis: int, others: int) -> Callable[[Sequence[TensorSpec]], int | None]:
@@ -371,3 +374,24 @@ LAYOUTS: dict[OutputLayout, Layout] = {
     "best": Layout(_read_best, nms_inside=True),
     "efficient_nms": Layout(_read_efficient_nms, nms_inside=True),
 }
+
+
+def reader(layout: OutputLayout, outputs: Outputs, size: tuple[int, int], images: int) -> ReadImage:
+    """Return the reader of the images of a batch.
+
+    Args:
+        layout: of the outputs.
+        outputs: arrays by name.
+        size: the input's height and width in pixels.
+        images: how many the batch has.
+
+    Raises:
+        UserError: the outputs are not laid out so, or are for fewer images.
+    """
+    # Lists of detections, which have fewer axes, are of any length.
+    if any(array.ndim >= 3 and len(array) < images for array in outputs.values()):
+        raise UserError(
+            f"the engine's outputs ({_shapes(outputs)}) are not for the {images} images of a batch:"
+            " the axis is free at its input only; give `batch` 1, or export it again."
+        )
+    return LAYOUTS[layout].read(outputs, size)

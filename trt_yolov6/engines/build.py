@@ -119,7 +119,7 @@ def check_build(backend: str, output: str | Path | None, settings: BuildSettings
 def build_engine(
     graph: Graph,
     *,
-    backend: str = "auto",
+    backend: str,
     output: str | Path | None = None,
     settings: BuildSettings | None = None,
     allow_float: bool = False,

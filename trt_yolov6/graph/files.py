@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
+from onnx.inliner import inline_local_functions
 
 from trt_yolov6.common.files import read_bytes
 from trt_yolov6.errors import UserError, first_line
@@ -26,7 +27,8 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
     """Read and check an ONNX file.
 
     Weights kept in files of their own (`.onnx.data`) are read from the model's folder, so that the
-    model returned is whole. Nodes that stand before those whose results they read are sorted.
+    model returned is whole. Nodes that stand before those whose results they read are sorted, and
+    functions of the file's own, which some exporters make of modules, are put in place.
 
     Raises:
         UserError: the file or one with its weights is missing, cut short or not an ONNX model.
@@ -45,6 +47,8 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
         onnx.checker.check_model(model if has_changed else content)
     except (onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
         raise _not_whole(path, first_line(error)) from error
+    if model.functions:
+        model = inline_local_functions(model)
     if not model.graph.node:
         raise UserError(f"{path} is not an ONNX model with any operator; export it again.")
     for tensor in _tensors(model.graph):  # which the checker does not look at

@@ -22,7 +22,7 @@ _MOST_OUTPUTS = 8
 
 
 def drop_other_outputs(
-    model: onnx.ModelProto, path: str | Path, decoder: str | None = None
+    model: onnx.ModelProto, path: str | Path, decoder: str | None
 ) -> tuple[str, ...]:
     """Drop outputs that are not a detector's, and the nodes that only they needed.
 

@@ -131,7 +131,7 @@ def group_amax(
     return {name: shared[name] if name in shared else single[name] for name in names}
 
 
-def margin_amax(statistics: TensorStatistics, quantized: QuantizedType = INT8) -> float:
+def margin_amax(statistics: TensorStatistics, quantized: QuantizedType) -> float:
     """Return min-max with a margin for images that were not seen.
 
     Where channels were made to have the same range, an image that takes one channel beyond it is
@@ -164,7 +164,7 @@ def percentile_amax(statistics: TensorStatistics, percentile: float = PERCENTILE
     return min(statistics.amax, float(index + inside) * statistics.bin_width)
 
 
-def mse_amax(statistics: TensorStatistics, quantized: QuantizedType = INT8) -> float:
+def mse_amax(statistics: TensorStatistics, quantized: QuantizedType) -> float:
     """Return the clipping magnitude of the least mean squared quantization error.
 
     Found among 64 magnitudes from amax/64 to amax, on a histogram of a quarter of the bins, and

@@ -17,7 +17,6 @@ from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.quantization.calibrators import amax_of
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.judge import batches_of
-from trt_yolov6.quantization.preparation import method_of
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import CalibrationTable
 
@@ -39,8 +38,7 @@ def implicit_ranges(
     names = [name for name in inner_tensors(graph.model) if name not in {*known, *left}]
     paths = calibration_images(folder, settings.image_limit)
     statistics = collect(graph.model, batches_of(graph, paths, settings.border), names)
-    method = method_of(table)
-    return known | {name: amax_of(item, method) for name, item in statistics.items()}
+    return known | {name: amax_of(item, table.method) for name, item in statistics.items()}
 
 
 def inner_tensors(model: onnx.ModelProto) -> tuple[str, ...]:

@@ -37,7 +37,6 @@ from trt_yolov6.quantization.mixed_precision import layer_costs
 from trt_yolov6.quantization.preparation import (
     Prepared,
     copies_of,
-    method_of,
     prepare,
     weight_tuning,
 )
@@ -152,7 +151,7 @@ def quantize(
 def _record(table: CalibrationTable, images: int) -> dict[str, Any]:
     """Describe a calibration for the manifest."""
     return {
-        "calibrator": "+".join(sorted(set(table.methods.values()))),
+        "calibrator": table.method,
         "variant": table.variant,
         "weights": table.weights,
         "biases_corrected": table.weights != "nearest",
@@ -243,7 +242,7 @@ class Calibrated:
 
     def with_float(self, layers: tuple[str, ...]) -> onnx.ModelProto:
         """Return the Q/DQ graph with some layers in float."""
-        return self.prepared.inserted(method_of(self.table), layers)
+        return self.prepared.inserted(self.table.method, layers)
 
 
 def calibrate(

@@ -20,7 +20,7 @@ from trt_yolov6.data.calibration import evenly
 from trt_yolov6.graph.inputs import input_spec
 from trt_yolov6.graph.model import Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS
-from trt_yolov6.quantization.calibrators import METHODS, Method, group_amax, methods_to_try
+from trt_yolov6.quantization.calibrators import Method, group_amax, methods_to_try
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.equalization.alignment import aligned
 from trt_yolov6.quantization.equalization.solve import Solution, equalize, tensors_to_measure
@@ -30,7 +30,7 @@ from trt_yolov6.quantization.qdq.insert import activation_scales, insert_qdq
 from trt_yolov6.quantization.qdq.placement import Placement, place_for
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import TensorStatistics
-from trt_yolov6.quantization.table import CalibrationTable, Variant
+from trt_yolov6.quantization.table import Variant
 from trt_yolov6.quantization.types import QuantizedType
 from trt_yolov6.quantization.weights import WeightTuning
 
@@ -99,7 +99,7 @@ class Prepared:
         """
         return self._ranges(self.placed(float_layers), method)
 
-    def inserted(self, method: Method, float_layers: tuple[str, ...] = ()) -> onnx.ModelProto:
+    def inserted(self, method: Method, float_layers: tuple[str, ...]) -> onnx.ModelProto:
         """Return the Q/DQ graph by a calibrator, with some layers in float."""
         placement = self.placed(float_layers)
         amax = self._ranges(placement, method)
@@ -215,11 +215,6 @@ def quantizable_tensors(model: onnx.ModelProto, settings: QuantizationSettings) 
     if settings.float_layers != ():
         return tensors_for_any_choice(model)
     return place_for(settings.quantized, model).tensors
-
-
-def method_of(table: CalibrationTable) -> Method:
-    """Return the calibrator that made a table."""
-    return next(method for method in METHODS if method in table.methods.values())
 
 
 class Fold:

@@ -218,7 +218,7 @@ class Search:
             learned = learned_of(self._model(first, choice))
         table = CalibrationTable(
             amax,
-            dict.fromkeys(amax, choice.method),
+            choice.method,
             self._key,
             variant,
             choice.float_layers,

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from trt_yolov6.common.files import read_json, write_json
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError
+from trt_yolov6.quantization.calibrators import Method
 from trt_yolov6.quantization.learned import Learned, read_learned, write_learned
 
 SCHEMA = 3
@@ -61,8 +62,8 @@ class CalibrationTable:
     amax: Mapping[str, float]
     """Magnitude that INT8's 127, or FP8's 448, stands for, by tensor, in the graph's order; finite,
     above 0."""
-    methods: Mapping[str, str]
-    """Calibrator that gave each, by tensor."""
+    method: Method
+    """Calibrator that gave them."""
     key: CalibrationKey
     variant: Variant = "plain"
     """Form of the graph whose tensors these are."""
@@ -111,8 +112,7 @@ def write_table(path: str | Path, table: CalibrationTable) -> None:
             "learned_sha256": None if table.learned is None else table.learned.sha256,
             "key": {**asdict(table.key), "settings": dict(sorted(table.key.settings.items()))},
             "tensors": {
-                name: {"amax": amax, "method": table.methods.get(name, "")}
-                for name, amax in table.amax.items()
+                name: {"amax": amax, "method": table.method} for name, amax in table.amax.items()
             },
         },
     )
@@ -133,6 +133,9 @@ def read_table(path: str | Path) -> CalibrationTable:
         )
     subject = f"{path} is not a calibration table of this package"
     table = as_record(value, _File, subject, "delete it and calibrate again.")
+    methods = {entry.method for entry in table.tensors.values()}
+    if len(methods) != 1:
+        raise UserError(f"{subject}: tensors: not of one method; delete it and calibrate again.")
     for name, entry in table.tensors.items():
         if not (math.isfinite(entry.amax) and entry.amax > 0):
             raise UserError(
@@ -145,7 +148,7 @@ def read_table(path: str | Path) -> CalibrationTable:
     learned = table.learned_sha256
     return CalibrationTable(
         {name: entry.amax for name, entry in table.tensors.items()},
-        {name: entry.method for name, entry in table.tensors.items()},
+        methods.pop(),
         table.key,
         table.variant,
         table.float_layers,
@@ -158,7 +161,7 @@ def read_table(path: str | Path) -> CalibrationTable:
 @dataclass(frozen=True)
 class _Range:
     amax: float
-    method: str
+    method: Method
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def trade_off(
     )
 
 
-def point_of(row: Row, x: Interval, batch: int, *, alone: bool = False) -> Point | None:
+def point_of(row: Row, x: Interval, batch: int, *, alone: bool) -> Point | None:
     """Return the mark of an engine at a place on the horizontal axis; None without an AP.
 
     Its label is the precision if its model is `alone`.

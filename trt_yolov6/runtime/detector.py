@@ -51,7 +51,9 @@ class Detector(Closing):
                 (searched with their sub-folders, sorted by path) and globs; or several of these.
                 OpenCV reads BGR: give `image[..., ::-1]`.
             options: thresholds, border and batch.
-            confidence, iou, max_detections: thresholds, instead of those of `options`.
+            confidence: threshold, 0..1, in place of that of `options`; so are the next two.
+            iou: threshold of NMS, 0..1.
+            max_detections: largest number of boxes per image.
 
         Returns:
             One `Detections` an image, in order; a list of one for a single image.
@@ -59,7 +61,7 @@ class Detector(Closing):
         Raises:
             UserError: an image cannot be read, or the engine cannot do what is asked.
 
-        Example:
+        Examples:
             >>> from trt_yolov6 import load
             >>> with load("yolov6n.onnx") as detector:
             ...     (found,) = detector.predict("images/BloodImage_00007.jpg", confidence=0.1)

@@ -270,8 +270,8 @@ def evaluate_found(
     dataset: CocoDataset,
     batches: Iterable[FoundBatch],
     *,
-    progress: bool = True,
-    confusion: bool = False,
+    progress: bool,
+    confusion: bool,
 ) -> Evaluation:
     """Measure the COCO AP of detections that come in batches, in any order, as `evaluate` does.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.detectors.layouts import LAYOUTS, Anchors, Found
+from trt_yolov6.detectors.layouts import Anchors, Found, reader
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings
@@ -44,8 +44,8 @@ def check_outputs(
         batch: what the engine was given, to find the first tensor inside that is not finite.
 
     Raises:
-        UserError: nothing in an output is finite, scores are not within 0..1, or boxes are
-            fractions of the image or end before they begin.
+        UserError: nothing in an output is finite, they are for fewer images, scores are not within
+            0..1, or boxes are fractions of the image or end before they begin.
     """
     warnings = []
     broken = [name for name, array in outputs.items() if has_non_finite(array)]
@@ -56,7 +56,7 @@ def check_outputs(
         if any(not np.isfinite(outputs[name]).any() for name in broken):
             raise UserError(f"{said}. Build it with fp32, or check its weights.")
         warnings.append(f"{said}. What is not finite counts as no detection")
-    read = LAYOUTS[engine.output_layout].read(outputs, engine.image_size)
+    read = reader(engine.output_layout, outputs, engine.image_size, images)
     said_of = [read(index) for index in range(images)]
     _check_scores(engine, said_of)
     anchors = [one for one in said_of if isinstance(one, Anchors)]

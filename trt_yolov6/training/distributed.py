@@ -93,7 +93,7 @@ def joined(device: str | None = None) -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def chosen_device(name: str | None = None, local_rank: int | None = None) -> torch.device:
+def chosen_device(name: str | None, local_rank: int | None = None) -> torch.device:
     """Return a device by its name, and make a GPU the current one.
 
     Args:

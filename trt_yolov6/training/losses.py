@@ -238,7 +238,7 @@ def varifocal_loss(logits: Tensor, targets: Tensor, positive: Tensor) -> Tensor:
     return torch.where(positive, targets * _cross_entropy(logits, targets), negative)
 
 
-def poly_loss(logits: Tensor, positive: Tensor, *, epsilon: float = 1.0) -> Tensor:
+def poly_loss(logits: Tensor, positive: Tensor, *, epsilon: float) -> Tensor:
     """Return poly-1 focal loss (Leng et al., 2022), elementwise.
 
     Focal loss (Lin et al., 2017), -α (1 - p)² log p, plus α ε (1 - p)³: the first term of its

@@ -57,7 +57,7 @@ FINE_TUNING = OptimizerSettings(
 """The authors' values for training on from a finished checkpoint."""
 
 
-def default_optimizer(variant: str, *, fine_tuning: bool = False) -> OptimizerSettings:
+def default_optimizer(variant: str, *, fine_tuning: bool) -> OptimizerSettings:
     """Return the authors' values: twice the learning rate for N, others for fine-tuning.
 
     L's gradient is clipped, which theirs is not: where the warm-up is shorter than their 1000

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trt_yolov6.checkpoints.native import write_torch
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import UserError, first_line
 from trt_yolov6.training.ema import WeightAverage
 
 STATE_FILE = "state.pt"
@@ -123,7 +123,7 @@ def restore(state: dict[str, Any], learner: Learner) -> Progress:
             torch.cuda.set_rng_state(state["cuda_generator"], learner.sums.device)
     except (KeyError, RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise UserError(
-            f"the state does not fit the network ({str(error).splitlines()[0][:120]}); start the "
+            f"the state does not fit the network ({first_line(error, 120)}); start the "
             "training again."
         ) from error
     return state["progress"]

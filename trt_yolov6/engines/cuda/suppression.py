@@ -305,8 +305,8 @@ def _split(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | No
     if not {"boxes", "scores"} <= by_name.keys():
         return None
     boxes, scores = by_name["boxes"], by_name["scores"]
-    _, anchors, classes = _lengths(scores)
-    if _lengths(boxes)[1:] != (anchors, 4):
+    anchors, classes = scores.row_shape
+    if boxes.row_shape != (anchors, 4):
         return None
     return _reading(
         (scores, boxes), anchors, classes, score=(classes, 1, 0), box=(4, 1, 0), flags=()
@@ -318,7 +318,7 @@ def _split_by_class(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Rea
     others = [out for out in outputs if len(out.shape) == 3 and out.shape[2] != 4]
     if len(boxes) != 1 or len(others) != 1:
         return None
-    _, classes, anchors = _lengths(others[0])
+    classes, anchors = others[0].row_shape
     return _reading(
         (others[0], boxes[0]),
         anchors,
@@ -345,7 +345,7 @@ def _of_rows(outputs: Sequence[TensorSpec], first: int, flags: tuple[str, ...]) 
     rows = [out for out in outputs if len(out.shape) == 3]
     if len(rows) != 1:
         return None
-    _, anchors, length = _lengths(rows[0])
+    anchors, length = rows[0].row_shape
     return _reading(
         (rows[0], rows[0]),
         anchors,
@@ -360,7 +360,7 @@ def _columns(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | 
     columns = [out for out in outputs if len(out.shape) == 3]
     if len(columns) != 1:
         return None
-    _, length, anchors = _lengths(columns[0])
+    length, anchors = columns[0].row_shape
     return _reading(
         (columns[0], columns[0]),
         anchors,
@@ -374,17 +374,17 @@ def _columns(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | 
 def _grids(anchors: Any) -> _Reader:
     def reader(outputs: Sequence[TensorSpec], size: tuple[int, int]) -> Reading | None:
         levels = sorted(
-            (out for out in outputs if len(out.shape) == 5), key=lambda out: -_lengths(out)[2]
+            (out for out in outputs if len(out.shape) == 5), key=lambda out: -out.row_shape[1]
         )
-        if [_lengths(out)[1] for out in levels] != [3, 3, 3]:
+        if [out.row_shape[0] for out in levels] != [3, 3, 3]:
             return None
         rows, total = [], 0
         for out, pairs in zip(levels, anchors, strict=True):
-            _, _, height, width, _ = _lengths(out)
+            _, height, width, _ = out.row_shape
             sides = ",".join(f"{{{one[0]},{one[1]}}}" for one in pairs)
             rows.append(f"{{{height},{width},{size[0] / height},{size[1] / width},{{{sides}}}}}")
             total += 3 * height * width
-        classes = _lengths(levels[0])[4] - 5
+        classes = levels[0].row_shape[3] - 5
         flags = [f"LEVELS={{{','.join(rows)}}}", f"ANCHORS={total}", f"CLASSES={classes}"]
         if levels[0].dtype == np.float16:
             flags.append("HALF_SCORES")
@@ -409,9 +409,9 @@ def _reading(
     values = {
         "ANCHORS": anchors,
         "CLASSES": classes,
-        "SCORE_IMAGE": math.prod(_lengths(scores)[1:]),
+        "SCORE_IMAGE": math.prod(scores.row_shape),
         **dict(zip(("SCORE_ANCHOR", "SCORE_CLASS", "SCORE_FIRST"), score, strict=True)),
-        "BOX_IMAGE": math.prod(_lengths(boxes)[1:]),
+        "BOX_IMAGE": math.prod(boxes.row_shape),
         **dict(zip(("BOX_ANCHOR", "BOX_SIDE", "BOX_FIRST"), box, strict=True)),
     }
     defines = [*flags, *(f"{name}={value}" for name, value in values.items())]
@@ -420,10 +420,6 @@ def _reading(
     if boxes.dtype == np.float16:
         defines.append("HALF_BOXES")
     return Reading(anchors, classes, (scores.name, boxes.name, boxes.name), tuple(defines))
-
-
-def _lengths(spec: TensorSpec) -> tuple[int, ...]:
-    return tuple(length or 0 for length in spec.shape)
 
 
 _READERS: dict[OutputLayout, _Reader] = {

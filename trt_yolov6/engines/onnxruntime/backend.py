@@ -6,9 +6,10 @@ It runs on the CPU, or on a GPU through the CUDA and TensorRT execution provider
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from trt_yolov6.engines.onnxruntime.providers import (
     usable,
 )
 from trt_yolov6.engines.reading import detector_of
-from trt_yolov6.errors import MissingDependencyError, UserError
+from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 from trt_yolov6.graph.reference import is_quantized, open_session, parsed_model, reference_session
 from trt_yolov6.spec import (
     BatchProfile,
@@ -212,7 +213,8 @@ class OnnxRuntimeEngine(Engine):
     def infer(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         session = self._checked(images)
         names = [output.name for output in self.outputs]
-        return dict(zip(names, session.run(names, {self.input.name: images}), strict=True))
+        with self._running(images):
+            return dict(zip(names, session.run(names, {self.input.name: images}), strict=True))
 
     def resident_run(self, images: NDArray[Any], streams: int = 1) -> Callable[[], float]:
         import onnxruntime
@@ -232,10 +234,11 @@ class OnnxRuntimeEngine(Engine):
             binding.bind_output(output.name, device, number)
 
         def run() -> float:
-            start = time.perf_counter()
-            session.run_with_iobinding(binding)
-            binding.synchronize_outputs()
-            return time.perf_counter() - start
+            with self._running(images):
+                start = time.perf_counter()
+                session.run_with_iobinding(binding)
+                binding.synchronize_outputs()
+                return time.perf_counter() - start
 
         return run
 
@@ -296,6 +299,17 @@ class OnnxRuntimeEngine(Engine):
 
     def close(self) -> None:
         self._session = None
+
+    @contextlib.contextmanager
+    def _running(self, images: NDArray[Any]) -> Iterator[None]:
+        """Say what ONNX Runtime cannot run, such as a graph whose batch axis is free in part."""
+        try:
+            yield
+        except Exception as error:  # its exception classes share no public base
+            raise UserError(
+                f"{self.path} does not run on a batch of {len(images)} ({first_line(error)}); give "
+                "another `batch`, or export it again."
+            ) from error
 
     def _checked(self, images: NDArray[Any]) -> onnxruntime.InferenceSession:
         if self._session is None:

@@ -211,7 +211,7 @@ def _capabilities(flavour: Flavour, target: str | None) -> tuple[str, ...]:
 
 
 def _check_fp8(target: str | None, capabilities: tuple[str, ...]) -> None:
-    """Refuse a target without FP8; `any` is one, as some GPUs lack it."""
+    """Refuse a target without FP8; `portable` is one, as some of its GPUs lack it."""
     if target is None:
         check_fp8(cuda_device.current_device())
         return

@@ -19,7 +19,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from trt_yolov6.errors import UserError
+from trt_yolov6.errors import UserError, first_line
 from trt_yolov6.graph.editing import bypass, copy_notes
 from trt_yolov6.graph.operators import FUSED_OPS, MOVING_OPS, QDQ_OPS, WEIGHTED_OPS
 from trt_yolov6.quantization.qdq.placement import joined_groups
@@ -76,7 +76,7 @@ def clean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[Removal, ...]]
     try:
         onnx.checker.check_model(result)
     except onnx.checker.ValidationError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"the Q/DQ graph is not valid ONNX ({reason}); export it again.") from error
     return result, tuple(removals)
 

@@ -202,7 +202,7 @@ def evaluate_on_ray(
     options: RayOptions,
     predict: PredictOptions | None = None,
     *,
-    confusion: bool = False,
+    confusion: bool,
 ) -> Evaluation:
     """Measure an engine's COCO AP on the machines of a Ray cluster.
 
