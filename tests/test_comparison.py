@@ -234,6 +234,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(
     assert not [path for path in folder.rglob(".*") if path.suffix == ".tmp"]
 
 
+@pytest.mark.filterwarnings("error:every anchor")  # a note of the comparison, not Python's
 def test_an_engine_is_taken_as_it_is_and_a_fixed_batch_leaves_others_out(
     finished: Path, plan: Plan, tmp_path: Path
 ) -> None:
