@@ -44,7 +44,7 @@ def write_dataset(
     return content
 
 
-@pytest.mark.parametrize("folder", ["images/{}", "{}"])
+@pytest.mark.parametrize("folder", ["images/{}", "{}", "images"])
 def test_ids_with_gaps_become_ranks(tmp_path: Path, folder: str) -> None:
     write_dataset(tmp_path, folder=folder)
     dataset = load_coco(tmp_path)

@@ -109,7 +109,7 @@ def test_engines_and_onnx_files_are_compared_without_pytorch(tmp_path: Path, dat
     """The image of docker/cpu.Dockerfile leaves it out."""
     file = write_detector(tmp_path / "coarse.onnx", 16)
     arguments = ["compare", str(file), "--data", str(data), "--batches", "1", "--rounds", "3"]
-    arguments += ["--duration", "0.05", "--output", str(tmp_path / "run")]
+    arguments += ["--duration", "0.05", "--threads", "1", "--output", str(tmp_path / "run")]
     code = "import sys; sys.modules['torch'] = None; from trt_yolov6.cli import main"
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit(main({arguments}))"], check=True)
     assert read_results(tmp_path / "run" / "results.json")["engines"]

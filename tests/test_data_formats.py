@@ -563,11 +563,11 @@ def test_a_list_of_names_has_the_order_of_the_data_set(
         ("none.txt", None, "not a readable text file"),
         ("bytes.txt", b"\xff\xfe\xfd", "not a readable text file"),
         ("empty.txt", b" \n", "is empty; write one class name a line"),
-        ("data.yaml", b"names: [cat]\n", "not a list of names; give a file of one a line"),
+        ("data.YAML", b"names: [cat]\n", "not a list of names; give a file of one a line"),
         ("cut.json", b"{", "is not a JSON file"),
         ("deep.json", b"[" * 100_000, "is not a JSON file"),
         ("bare.json", b'{"categories": []}', "has no COCO categories"),
-        ("list.json", b"[1]", "has no COCO categories"),
+        ("list.JSON", b"[1]", "has no COCO categories"),
         ("nameless.json", b'{"categories": [{"id": 1}]}', "has no COCO categories"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 from google.protobuf import text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from support import family_graphs as families
 from support.tiny_detector import NAMES, load_tiny
 from support.training_data import write_tiny
@@ -207,6 +208,9 @@ def test_an_onnx_file_with_inputs_that_building_fills_in_has_to_be_built(tmp_pat
     (given,) = parsed(config_text(served_model(built), ServingSettings())).input
     assert given.name == onnx.load(built).graph.input[0].name == "image"
     assert len(onnx.load(built).graph.input) == 1
+    onnx.save(convert_float_to_float16(families.yolov8(), keep_io_types=False), path)
+    with pytest.raises(UserError, match=r"images \(float16\).*build --onnx"):
+        served_model(path)
 
 
 def test_the_sample_exported_end_to_end(sample_engine: Any, tmp_path: Path) -> None:

@@ -28,11 +28,11 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
         UserError: the file is missing, empty or neither, such as YAML.
     """
     path = Path(path)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix.lower() in (".yaml", ".yml"):
         raise UserError(
             f"{path} is not a list of names; give a file of one a line as `class_names`."
         )
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         content = read_json(path)
         try:
             entries = [(whole(item["id"]), str(item["name"])) for item in content["categories"]]

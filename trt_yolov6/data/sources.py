@@ -132,11 +132,12 @@ def _read_coco(root: Path, file: Path, split: str) -> Source:
 
 
 def _image_folder(root: Path, split: str) -> Path:
-    for folder in (root / "images" / split, root / split):
+    for folder in (root / "images" / split, root / split, root / "images"):
         if folder.is_dir():
             return folder
     raise UserError(
-        f"{root} has neither images/{split}/ nor {split}/; put the images of the split there."
+        f"{root} has neither images/{split}/ nor {split}/ nor images/; put the images of the split "
+        "there."
     )
 
 

@@ -281,9 +281,9 @@ def _in_python(model: ServedModel, serves: Serves, loading: LoadOptions | None) 
 def _check_graph(path: Path, python: Serves | None) -> None:
     """Raise UserError for an ONNX file that is not complete by itself.
 
-    Inputs that this package fills in itself Triton would ask of clients.
+    Inputs that this package fills in or casts itself Triton would ask of clients.
     """
-    from trt_yolov6.graph.files import has_other_files, read_onnx
+    from trt_yolov6.graph.files import has_other_files, read_onnx, value_spec
     from trt_yolov6.graph.inputs import runtime_inputs
 
     if has_other_files(path):
@@ -293,11 +293,12 @@ def _check_graph(path: Path, python: Serves | None) -> None:
         )
     if python is not None:
         return
-    names = [item.name for item in runtime_inputs(read_onnx(path))]
-    if len(names) > 1:
+    inputs = [value_spec(item, path) for item in runtime_inputs(read_onnx(path))]
+    if len(inputs) > 1 or inputs[0].dtype == np.float16:
+        listed = ", ".join(f"{one.name} ({one.dtype})" for one in inputs)
         raise UserError(
-            f"{path} has the inputs {', '.join(names)}, of which an engine has the image only; "
-            "build it with `trt-yolov6 build --onnx`, and export what was built."
+            f"{path} takes {listed}, and an engine takes images alone, in float32 or uint8; build "
+            "it with `trt-yolov6 build --onnx`, and export what was built."
         )
 
 
