@@ -221,6 +221,14 @@ def test_a_second_run_does_what_is_left_on_a_gpu_too(
     files = sorted(out.iterdir())
     assert infer_on_ray(tiny, pictures, out, ANY, form="parquet").actors is None
     assert sorted(out.iterdir()) == files
+    # How images are prepared is a part of the job.
+    for field, load in (
+        ("preprocess", LoadOptions(preprocess={"colour": "bgr"})),
+        ("decoder", LoadOptions(decoder="yolov6")),
+    ):
+        other = dataclasses.replace(ANY, load=load)
+        with pytest.raises(UserError, match=f"holds results of another {field}"):
+            infer_on_ray(tiny, pictures, out, other, form="parquet")
 
 
 def test_a_mistake_comes_back_as_a_sentence(cluster: Any, tiny: Path, pictures: Path) -> None:

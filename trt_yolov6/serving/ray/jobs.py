@@ -126,6 +126,8 @@ def infer_on_ray(
         "source": place,
         "format": form,
         "border": predict.border,
+        "decoder": options.load.decoder,
+        "preprocess": {key: str(one) for key, one in options.load.preprocess.items()} or None,
         **dataclasses.asdict(predict.nms()),
     }
     lock = one_writer(Path(output)) if folder.is_local else contextlib.nullcontext()
