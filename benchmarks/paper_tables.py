@@ -630,7 +630,7 @@ def table_15() -> str:
 
 
 def _rep_optimizer_gains() -> str:
-    """Return the table of what RepOptimizer spares in INT8; empty where nothing is measured."""
+    """Return the table of what RepOptimizer saves in INT8; empty where nothing is measured."""
     data = _ablations()
     if data is None or not data["rep_optimizer"]:
         return ""
@@ -645,7 +645,7 @@ def _rep_optimizer_gains() -> str:
         else:
             verdicts.append((row["row"], verdict(change, row)))
             rows.append([row["row"], f"{change:+.1f}", *own, f"**{verdicts[-1][1]}**"])
-    head = ["RepOptimizer spares in INT8", "theirs", *_INTERVALS, ""]
+    head = ["AP that RepOptimizer saves in INT8", "theirs", *_INTERVALS, ""]
     return f"\n{markdown(head, rows)}\n{_in_words(verdicts, data['rep_optimizer'])}\n"
 
 

@@ -44,12 +44,14 @@ QUANTIZED_TOLERANCE = 0.05
 our engine, and where a value lies between two codes, they take different ones. A plan is the same
 arithmetic on both sides."""
 
-# tensorrt.nptype of 8.5 and 8.6 names `numpy.bool`, which NumPy 1.24 to 1.26 lack.
+# tensorrt.nptype of 8.5 and 8.6 names `numpy.bool`, which NumPy 1.24 to 1.26 lack. Of PyTorch,
+# Polygraphy asks whether a value is a tensor of its: importing it takes most of a run's time.
 _START = """
 import sys
 import numpy
 if not hasattr(numpy, "bool"):
     numpy.bool = numpy.bool_
+sys.modules["torch"] = None
 from polygraphy.tools import main
 sys.exit(main())
 """

@@ -21,27 +21,34 @@ bash scripts/environment.sh "$extras"
 # Images of containers often keep Python from writing bytecode. Here some 150 processes would each compile
 # PyTorch again: 6 s each, where importing it takes 2.
 unset PYTHONDONTWRITEBYTECODE
-# A core each.
-{
-    # What the tests import is compiled here, once, rather than by every worker at its start; so is what
-    # PyTorch imports with the first export and the first optimizer, and Ray Data, which all of its
-    # processes would compile at once. The run below says what is wrong.
-    .venv/bin/python -c 'import pytest, ray.data, torch._dynamo, torch.onnx._internal.exporter._core
-pytest.main(["--collect-only", "-qq"])' >/dev/null || true
-    # Not --quiet: then no warning counts.
-    NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
-} &
-building=$!
+# What the tests import is compiled here, once, rather than by every worker at its start; so is what
+# PyTorch imports with the first export and the first optimizer, and Ray Data, which all of its
+# processes would compile at once. The run below says what is wrong.
+.venv/bin/python -c 'import pytest, ray.data, torch._dynamo, torch.onnx._internal.exporter._core
+pytest.main(["--collect-only", "-qq"])' >/dev/null &
+compiling=$!
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/lint-imports
-.venv/bin/mypy
+# Types and the site are checked beside the tests, some of which only wait; what they say comes last.
+said=$(mktemp)
+{
+    .venv/bin/mypy
+    # Not --quiet: then no warning counts.
+    NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+} >"$said" 2>&1 &
+checking=$!
 wait "$fetching"
-wait "$building"
+wait "$compiling" || true
 # Each worker on one thread: two threads of one network, or two workers of two threads, would wait for
 # each other. Two workers more than there are cores, as some tests only wait for other processes, but
 # four at most. A file's tests share what they make, so a file stays in one worker.
 export OMP_NUM_THREADS=1
 workers=$(($(getconf _NPROCESSORS_ONLN) + 2))
+status=0
 .venv/bin/python -m pytest -n $((workers < 4 ? workers : 4)) --dist loadfile --no-loadscope-reorder \
-    --durations 40 "$@"
+    --durations 40 "$@" || status=$?
+wait "$checking" || status=1
+cat "$said"
+rm "$said"
+exit "$status"

@@ -367,6 +367,18 @@ def test_two_engines_give_two_results_in_order(detector: Path, tmp_path: Path) -
     report = format_report(results)
     assert "other.onnx" in report
     assert report.count("\non ") == 1  # the same place is named once
+    # Of one name they are told apart by their paths.
+    folders = [
+        dataclasses.replace(one, engine=Path(where, "s.onnx"))
+        for one, where in zip(results, "ab", strict=True)
+    ]
+    lines = format_report(folders).splitlines()
+    assert [line.split()[0] for line in lines[2:6]] == [
+        "a/s.onnx",
+        "b/s.onnx",
+        "a/s.onnx:",
+        "b/s.onnx:",
+    ]
 
 
 def test_end_to_end_reports_stages_that_add_up_to_the_whole(detector: Path) -> None:
@@ -470,7 +482,10 @@ def test_end_to_end_names_a_picture_that_is_no_picture(detector: Path, tmp_path:
 def test_durations_out_of_range_are_refused(
     detector: Path, duration: float, warm_up: float
 ) -> None:
-    with load_engine(detector) as engine, pytest.raises(UserError, match="out of range"):
+    with (
+        load_engine(detector) as engine,
+        pytest.raises(UserError, match=r"`(duration|warm_up)` must be"),
+    ):
         benchmark_many([engine], duration=duration, warm_up=warm_up, progress=False)
 
 

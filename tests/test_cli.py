@@ -245,6 +245,7 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["sensitivity", "--split", "val"], "--data"),
         (["sensitivity", "--onnx", "none.onnx"], "none.onnx"),
         (["build", "--fp16", "--fp32"], "not allowed with"),
+        (["build", "--int8", "--no-reconstruct", "--adaptive-rounding"], "not allowed with"),
         (["build", "--imgsz", "99968"], "pixels"),
         (["build", "--names", "coco.txt"], "--names is for --onnx"),
         (["bench", "--conf", "0.5"], "--conf is for --end-to-end"),
@@ -259,6 +260,10 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["eval", "--engine", "engines/none.trt"], "engines/none.trt"),
         (["eval", "--conf", "2", "--engine", "none.onnx"], "none.onnx"),
         (["compare", "samples/yolov6n_bccd.pt", "--backends", "x"], "--backends x is not known"),
+        (
+            ["compare", "samples/yolov6n_bccd.pt", "--imgsz", "100"],
+            "--imgsz 100x100 is not a multi",
+        ),
         (["sensitivity", "--plot", "x.jpg", "--onnx", "none.onnx"], "--plot x.jpg is not a PNG"),
         (["eval", "--plots", "samples/README.md", "--engine", "none.onnx"], "README.md is a file"),
         (["infer", "--source", "nowhere"], "trt-yolov6 build"),

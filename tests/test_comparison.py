@@ -109,7 +109,7 @@ def test_engines_and_onnx_files_are_compared_without_pytorch(tmp_path: Path, dat
     """The image of docker/cpu.Dockerfile leaves it out."""
     file = write_detector(tmp_path / "coarse.onnx", 16)
     arguments = ["compare", str(file), "--data", str(data), "--batches", "1", "--rounds", "3"]
-    arguments += ["--duration", "0.05", "--output", str(tmp_path / "run")]
+    arguments += ["--duration", "0.05", "--threads", "1", "--output", str(tmp_path / "run")]
     code = "import sys; sys.modules['torch'] = None; from trt_yolov6.cli import main"
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit(main({arguments}))"], check=True)
     assert read_results(tmp_path / "run" / "results.json")["engines"]
@@ -234,6 +234,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(
     assert not [path for path in folder.rglob(".*") if path.suffix == ".tmp"]
 
 
+@pytest.mark.filterwarnings("error:every anchor")  # a note of the comparison, not Python's
 def test_an_engine_is_taken_as_it_is_and_a_fixed_batch_leaves_others_out(
     finished: Path, plan: Plan, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_required_package_that_is_absent_is_a_problem_with_its_install_line() 
 GPU = parse_gpus(H200)
 TENSORRT = install_command("tensorrt")
 TENSORRT_RTX = install_command("tensorrt-rtx")
+OLD_DRIVER = "there is no NVIDIA driver, or it is too old for this CUDA"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,20 @@ TENSORRT_RTX = install_command("tensorrt-rtx")
             (),
             f"to build for other machines: {TENSORRT_RTX}; "
             "to run: an NVIDIA GPU with its driver too",
+        ),
+        # A GPU whose driver is of CUDA 12, and cuda-python of CUDA 13.
+        (
+            Availability("tensorrt", False, False, "8.6.0", OLD_DRIVER),
+            {},
+            GPU,
+            "a newer driver of the GPU; or for a driver of CUDA 12: "
+            'pip install "cuda-python==12.*" nvidia-cuda-nvrtc-cu12',
+        ),
+        (
+            Availability("tensorrt-rtx", True, False, "1.7.1", OLD_DRIVER),
+            {},
+            GPU,
+            "a newer driver of the GPU",
         ),
         # A GPU, but not the libraries of CUDA.
         (

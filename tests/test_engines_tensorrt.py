@@ -161,8 +161,11 @@ def test_an_unknown_target_is_answered_with_the_known_ones() -> None:
     ("settings", "named"),
     [
         (BuildSettings(target="t4", timing_cache=Path("timing.cache")), "`timing_cache`"),
-        (BuildSettings(target="t4", optimization_level=6), "`optimization_level` 6"),
-        (BuildSettings(target="t4", workspace_mib=0), "`workspace_mib` 0"),
+        (
+            BuildSettings(target="t4", optimization_level=6),
+            "`optimization_level` must be at most 5",
+        ),
+        (BuildSettings(target="t4", workspace_mib=0), "`workspace_mib` must be at least 1"),
     ],
 )
 def test_a_setting_that_cannot_be_honoured_is_refused_by_name(

@@ -829,7 +829,7 @@ def test_hard_swish_networks_are_saved_by_smoothing(root: Path, tmp_path: Path) 
     found = collect(model, images, tensors_to_measure(model))
     equalized = equalize(model, found, smooth=True).applied(model)
     result = quantized(equalized, folder, limit=8)
-    few = first_images(load_coco(data, "val2017"), 32)
+    few = first_images(load_coco(data, "val2017"), 16)
     ap, expected = (graph_precision(graph, tmp_path, few) for graph in (result, model))
     assert expected > 0.3
     assert ap >= expected - 0.02

@@ -277,7 +277,7 @@ def test_a_few_depthwise_layers_are_found_to_break_a_real_detector() -> None:
     from trt_yolov6.quantization.sensitivity import layer_distortions
 
     graph = graph_from_onnx(LITE)
-    model, paths = graph.model, list_images(IMAGES)[::64]
+    model, paths = graph.model, list_images(IMAGES)[::128]
     batches = list(calibration_batches(paths, input_spec(model)))
     everywhere = place(model, requantize=True)
     statistics = collect(model, batches, tensors_for_any_choice(model))

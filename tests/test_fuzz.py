@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and counts memory as Linux does")
 @pytest.mark.parametrize(
-    "arguments", [["fuzz.py", "--count", "30"], ["kill.py", "--count", "18", "--commands", "build"]]
+    "arguments", [["fuzz.py", "--count", "20"], ["kill.py", "--count", "12", "--commands", "build"]]
 )
 def test_mutated_inputs_and_kills_leave_nothing_at_fault(arguments: list[str]) -> None:
     done = subprocess.run(

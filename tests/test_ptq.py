@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 from support.accuracy import average_precision, first_images, graph_precision
+from support.forks import forked
 from support.logs import logged
 from support.pictures import save_noise
 from support.quantized import MINMAX, convolutions, small_detector, weights_dtype
@@ -421,27 +420,19 @@ class SampleInt8:
 
 
 @pytest.fixture(scope="module")
-def sample_int8(
-    sample_320: Graph, root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> SampleInt8:
+def sample_int8(sample_320: Graph, tmp_path_factory: pytest.TempPathFactory) -> SampleInt8:
     """The sample by `build --int8 --calib calib/`, for 320 x 320: at 640 it takes a minute more.
 
     From its graph: what exporting adds is tested, and costs seconds, elsewhere.
     """
     folder = tmp_path_factory.mktemp("int8")
     path, graph = folder / "sample.onnx", write_graph(sample_320, folder / "float.onnx")
-    finished = subprocess.run(
-        [
-            *(sys.executable, "-c", MEASURED_BUILD, "build", "--int8", "--calib", "calib"),
-            *("--onnx", str(graph), "--backend", "onnxruntime", "--quiet", "--output", str(path)),
-        ],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    peak = finished.stdout.split("peak ")[-1].strip()
+    arguments = ["build", "--int8", "--calib", "calib", "--onnx", str(graph), "--quiet"]
+    arguments += ["--backend", "onnxruntime", "--output", str(path)]
+    with forked(MEASURED_BUILD, arguments) as build:
+        status, words = build.ended()
+    assert status == 0, words
+    peak = words.split("peak ")[-1].strip()
     return SampleInt8(path, int(peak) if peak.isdigit() else None)
 
 

@@ -357,6 +357,17 @@ def test_what_results_lack_says_how_to_get_it(tmp_path: Path, results: dict[str,
         assert command in text
 
 
+def test_the_answer_marks_a_latency_that_others_disturbed(
+    tmp_path: Path, results: dict[str, Any]
+) -> None:
+    for timing in results["timings"]:
+        timing["disturbed"] = timing["engine"] == "yolov6n int8"
+    write_json(tmp_path / "results.json", results)
+    text = " ".join(" ".join(Outline(html_of(read_material([tmp_path]))).texts).split())
+    assert "yolov6s fp32 , AP 43.1 % at 11.00 ms (batch 1)" in text
+    assert "yolov6n int8 , 3.000 ms * with AP 34.0 %" in text
+
+
 def test_a_layer_of_no_time_is_shown(tmp_path: Path, results: dict[str, Any]) -> None:
     # A profile in whole microseconds says 0 for what is quicker.
     for layer in results["layers"][0]["layers"]:

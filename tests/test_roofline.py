@@ -139,15 +139,17 @@ def test_ceilings_are_what_numpy_and_memory_do_on_this_machine(one_thread: None)
     a = torch.rand(side, side)
     source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
     found, flops, bytes_per_second = [], [], []
-    for _ in range(3):  # in turns, and the best of each: others may use the machine
+    for _ in range(3):  # in turns, the best of each, until they agree: others use the machine, too
         ceilings = cpu_ceilings(threads=1)
         found.append((ceilings.flops["fp32"], ceilings.bytes_per_second))
         flops.append(2 * side**3 / fastest(lambda: a @ a))
         # A copy reads and writes.
         bytes_per_second.append(2 * size / fastest(lambda: np.copyto(target, source)))
-    product, copy = map(max, zip(*found, strict=True))
-    assert 1 / 3 < product / max(flops) < 3
-    assert 1 / 3 < copy / max(bytes_per_second) < 3
+        product, copy = map(max, zip(*found, strict=True))
+        ratios = product / max(flops), copy / max(bytes_per_second)
+        if all(1 / 3 < ratio < 3 for ratio in ratios):
+            return
+    pytest.fail(f"{ratios} are not near 1")
 
 
 def fastest(work: Callable[[], object]) -> float:

@@ -18,6 +18,7 @@ from support.kernels_on_cpu import letterbox_on_cpu
 from support.tiny_detector import load_tiny
 
 from trt_yolov6.detectors.detections import Detections
+from trt_yolov6.detectors.layouts import LAYOUTS
 from trt_yolov6.engines import Engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.serving.requests import (
@@ -25,9 +26,10 @@ from trt_yolov6.serving.requests import (
     detect_encoded,
     make_ready,
     run_tensors,
+    shared_outputs,
     stacked,
 )
-from trt_yolov6.spec import BatchProfile, PredictOptions
+from trt_yolov6.spec import BatchProfile, OutputLayout, PredictOptions
 
 
 @pytest.fixture
@@ -124,6 +126,34 @@ def test_batches_are_filled_up_to_sizes_that_were_made_ready(
     for one, other in zip(found, wanted, strict=True):
         for name, value in other.items():
             np.testing.assert_allclose(one[name], value, atol=1e-6)
+
+
+def test_boxes_that_images_share_are_those_of_each_request(tmp_path: Path) -> None:
+    # The detector finds one box in each image of its batch.
+    with load_tiny(tmp_path, "end2end", batch=4) as engine:
+        for counts in ([3], [2, 1], [1, 3]):
+            requests = [a_request(engine, count, count) for count in counts]
+            found = run_tensors(engine, requests, InputMemory(engine))
+            rows = [next(iter(one.values())) for one in found]
+            assert [one[:, 0].tolist() for one in rows] == [list(range(n)) for n in counts]
+
+
+@pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.shared])
+def test_a_part_of_shared_outputs_is_read_as_its_images_are(layout: OutputLayout) -> None:
+    counts = np.array([2, 0, 3, 1], np.int32)
+    rows = np.random.default_rng(0).random((counts.sum(), 7), np.float32)
+    rows[:, 0] = np.repeat(np.arange(4), counts)
+    outputs: dict[str, Any] = {"rows": rows}
+    if layout == "end2end_ppyoloe":
+        outputs = {"rows": rows[:, 1:], "counts": counts}
+    whole = LAYOUTS[layout].read(outputs, (64, 64))
+    for start in range(4):
+        for end in range(start, 5):
+            part = LAYOUTS[layout].read(shared_outputs(outputs, start, end), (64, 64))
+            for index in range(end - start):
+                mine, theirs = vars(part(index)), vars(whole(start + index))
+                for name, array in theirs.items():
+                    np.testing.assert_array_equal(mine[name], array)
 
 
 def test_pictures_go_to_a_gpu_as_they_are_and_come_back_the_same(

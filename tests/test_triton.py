@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from support import family_graphs as families
 from support.tiny_detector import NAMES, load_tiny
+from support.training_data import write_tiny
 
+from trt_yolov6 import build
 from trt_yolov6.cli import main
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.engines import LoadOptions
@@ -29,7 +31,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.onnx_import import graph_from_onnx
 from trt_yolov6.serving.python_backend import Parameters, load_options, read_parameters
 from trt_yolov6.serving.triton import ServingSettings, config_text, export_triton, served_model
-from trt_yolov6.spec import BatchProfile, PredictOptions
+from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 
 def _schema() -> Any:
@@ -523,6 +525,20 @@ def test_the_command_refuses_gpus_on_the_cpu(
     with pytest.raises(SystemExit):
         main([*command, "--gpus", "0"])
     assert "--gpus" in capsys.readouterr().err
+    assert main(command) == 0
+
+
+def test_thresholds_that_the_engine_has_decided_otherwise_are_found_before_a_server_loads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = write_tiny(tmp_path / "tiny.pt")
+    path = build(weights, image_size=64, nms=NmsSettings(0.25), output=tmp_path / "e.onnx").path
+    output = tmp_path / "models"
+    command = ["export-triton", "--engine", str(path), "--output", str(output)]
+    command += ["--cpu", "--python-backend", "pictures"]
+    assert main([*command, "--conf", "0.1"]) == 2
+    assert "drops scores below 0.25 itself; give --conf 0.25" in capsys.readouterr().err
+    assert not output.exists()
     assert main(command) == 0
 
 

@@ -9,7 +9,6 @@ size over the median latency of one batch.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +23,8 @@ from trt_yolov6.bench import sampling
 from trt_yolov6.common import machine
 from trt_yolov6.common.files import sha256_file
 from trt_yolov6.common.progress import progress_bar
+from trt_yolov6.common.ranges import NotNegative, Positive, fitting
 from trt_yolov6.engines.base import Engine, check_batch
-from trt_yolov6.errors import UserError
 from trt_yolov6.spec import EnginePrecision
 
 STAGES = ("decode", "prepare", "infer", "postprocess")
@@ -237,7 +236,5 @@ def _ms(seconds: float) -> float:
 
 
 def check_durations(duration: float, warm_up: float) -> None:
-    if not 0 < duration < math.inf:
-        raise UserError(f"`duration` {duration} is out of range; give seconds above 0.")
-    if not 0 <= warm_up < math.inf:
-        raise UserError(f"a warm-up of {warm_up} s is out of range; give 0 seconds or more.")
+    fitting(duration, Positive, "`duration`")
+    fitting(warm_up, NotNegative, "`warm_up`")

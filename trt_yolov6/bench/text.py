@@ -21,12 +21,16 @@ def format_report(results: Sequence[BenchmarkResult]) -> str:
         if first.end_to_end
         else "engine alone: resident input, no pre- or post-processing"
     )
+    names = [result.engine.name for result in results]
+    if len(set(names)) < len(names):
+        names = [str(result.engine) for result in results]
+    named = list(zip(names, results, strict=True))
     rows = [("engine", "precision", "median ms", "95 % interval", "mean", "p90", "p99", "FPS")]
-    for result in results:
+    for name, result in named:
         latency = result.latency
         rows.append(
             (
-                result.engine.name,
+                name,
                 result.precision,
                 four_digits(latency.median * 1e3) + (" *" if result.disturbed else ""),
                 "too few runs"
@@ -41,19 +45,19 @@ def format_report(results: Sequence[BenchmarkResult]) -> str:
     if first.streams > 1:
         view += f"; {first.streams} streams side by side, latencies are of a round"
     lines = [f"batch {first.batch}, {view}", *aligned(rows, left=2)]
-    for result in results:
+    for name, result in named:
         if result.stages:
             stages = ", ".join(
-                f"{name} {four_digits(stage.median * 1e3)}" for name, stage in result.stages.items()
+                f"{stage} {four_digits(time.median * 1e3)}" for stage, time in result.stages.items()
             )
-            lines.append(f"  of these, medians in ms: {stages}")
+            lines.append(f"{name}: medians of the stages in ms: {stages}")
     if any(result.disturbed for result in results):
         lines.append(
             "* other processes disturbed too many runs: this is not the engine's speed; measure "
             "again on a quiet machine"
         )
-    lines += [f"{result.engine.name}: {_how_measured(result)}" for result in results]
-    lines += [f"{result.engine.name}: {result.note}" for result in results if result.note]
+    lines += [f"{name}: {_how_measured(result)}" for name, result in named]
+    lines += [f"{name}: {result.note}" for name, result in named if result.note]
     lines += dict.fromkeys(_where_measured(result) for result in results)
     lines.append(", ".join(f"{name} {version}" for name, version in first.versions.items()))
     return "\n".join(lines)

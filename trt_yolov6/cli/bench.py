@@ -28,7 +28,9 @@ def add(commands: common.Commands) -> None:
         metavar="SECONDS",
         help="longest time to measure each engine (10)",
     )
-    parser.add_argument("--layers", action="store_true", help="TensorRT: also time each layer")
+    parser.add_argument(
+        "--layers", action="store_true", help="also time each layer; with --no-cuda-graph"
+    )
     parser.add_argument(
         "--end-to-end",
         action="store_true",

@@ -72,13 +72,14 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         "network on the calibration images; the result is kept if it is clearly better on held-out "
         "ones (0)",
     )
-    int8.add_argument(
+    rounding = int8.add_mutually_exclusive_group()
+    rounding.add_argument(
         "--no-reconstruct",
         dest="reconstruct",
         action="store_false",
         help="--int8: do not try GPTQ, which rounds weights for the inputs they meet",
     )
-    int8.add_argument(
+    rounding.add_argument(
         "--adaptive-rounding", action="store_true", help="--int8: use GPTQ without comparing first"
     )
     int8.add_argument(

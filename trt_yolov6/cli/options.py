@@ -340,6 +340,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 _ALSO = {
     "backend": "backends",
     "border": "eval_border",
+    "calibration": "calib",
+    "image_size": "imgsz",
     "images": "source",
     "nms": "end2end",
     "split": "train_split",

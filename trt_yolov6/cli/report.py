@@ -46,4 +46,4 @@ def run(options: argparse.Namespace) -> None:
         write_report(material, path, options.title)
         print(f"{path}: written, {path.stat().st_size / 1024:.0f} KiB")
     first = material.comparisons[0]
-    say_next(options, "compared with this one", "compare", "...", "--baseline", first.path)
+    say_next(options, "a comparison with it", "compare", "...", "--baseline", first.path)

@@ -70,7 +70,7 @@ def fitting(value: Any, kind: Any, subject: str, *, strict: bool = True) -> Any:
         UserError: it does not fit.
     """
     try:
-        return msgspec.convert(value, kind, strict=strict)
+        return msgspec.convert(plain(value), kind, strict=strict)
     except msgspec.ValidationError as error:
         raise UserError(f"{subject} must be {_wanted(kind, str(error))}, got {value}.") from error
 

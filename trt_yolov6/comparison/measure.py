@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -132,7 +133,9 @@ def _examples(work: Work, engine: Engine, dataset: CocoDataset) -> list[list[lis
     """Return the detections in the example images: lists of x1, y1, x2, y2, score, class."""
     plan = work.plan
     images = [read_coco_image(image) for image in evenly(dataset.images, plan.examples)]
-    found = detect(engine, images, plan.predict_options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the evaluation has said what is odd
+        found = detect(engine, images, plan.predict_options)
     return [
         [
             [*(round(value, 1) for value in box), round(score, 3), label]

@@ -112,7 +112,7 @@ class Plan:
     provider: str | None = None
     """ONNX Runtime execution provider."""
     layers: bool = True
-    """Also time single layers, at the first batch size, where the backend can."""
+    """Also time single layers, at the smallest batch size, where the backend can."""
     examples: Annotated[int, Meta(ge=0)] = 3
     """Images whose detections are kept for the report."""
 

@@ -57,6 +57,8 @@ class Layout:
     classes: Callable[[Sequence[TensorSpec]], int | None] = lambda _: None
     """Returns the number of classes that the outputs' shapes give, or None."""
     nms_inside: bool = False
+    shared: bool = False
+    """The outputs hold the boxes of all images together."""
     fits: Callable[[Sequence[TensorSpec]], bool] | None = None
     """Returns whether outputs are laid out so by their names and shapes alone; None where
     `recognition` decides, for layouts that several families share."""
@@ -366,9 +368,9 @@ LAYOUTS: dict[OutputLayout, Layout] = {
     "columns": Layout(_read_columns, _classes(3, 1, 4)),
     "grids_yolov5": Layout(_read_grids(YOLOV5_ANCHORS), _classes(5, 4, 5)),
     "grids_yolov7": Layout(_read_grids(YOLOV7_ANCHORS), _classes(5, 4, 5)),
-    "end2end": Layout(_read_end2end(5, 6), nms_inside=True),
-    "end2end_yolov7": Layout(_read_end2end(6, 5), nms_inside=True),
-    "end2end_ppyoloe": Layout(_read_end2end_ppyoloe, nms_inside=True),
+    "end2end": Layout(_read_end2end(5, 6), nms_inside=True, shared=True),
+    "end2end_yolov7": Layout(_read_end2end(6, 5), nms_inside=True, shared=True),
+    "end2end_ppyoloe": Layout(_read_end2end_ppyoloe, nms_inside=True, shared=True),
     "best": Layout(_read_best, nms_inside=True),
     "efficient_nms": Layout(_read_efficient_nms, nms_inside=True),
 }

@@ -167,6 +167,9 @@ def remedy(
         return ""
     # RTX builds on machines without a GPU, so there the package alone is worth installing.
     missing = available.version is None or not _is_importable("cuda.bindings")
+    if gpus and "too old for this CUDA" in available.detail:
+        older = 'for a driver of CUDA 12: pip install "cuda-python==12.*" nvidia-cuda-nvrtc-cu12'
+        return "a newer driver of the GPU" + (f"; or {older}" if name == "tensorrt" else "")
     if gpus:
         return install if missing else ""
     gpu = "an NVIDIA GPU with its driver"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from trt_yolov6.common.machine import usable_cpus
+from trt_yolov6.common.ranges import Count, fitting
 from trt_yolov6.errors import MissingDependencyError, UserError, first_line
 from trt_yolov6.graph.operators import QDQ_OPS
-from trt_yolov6.spec import is_whole
 
 if TYPE_CHECKING:
     import onnx
@@ -87,8 +87,7 @@ def open_session(
             f"onnxruntime does not import ({error}); install it with `pip install onnxruntime`."
         ) from error
     processors = os.cpu_count() or 1
-    if threads is not None and not (is_whole(threads) and threads > 0):
-        raise UserError(f"`threads` {threads!r} is out of range; give a whole number from 1.")
+    fitting(threads, Count | None, "`threads`")
     if threads is not None and threads > 4 * processors:
         raise UserError(
             f"`threads` {threads} is far more than this machine's {processors} processors; give "

@@ -69,9 +69,9 @@ def _headline(rows: Sequence[tables.Row]) -> dict[str, Any] | None:
     return {
         "batch": batch,
         "best": best,
-        "best_ms": four_digits(_ms(best, batch)),
+        "best_ms": _ms_text(best, batch),
         "fastest": None if fastest is best else fastest,
-        "fastest_ms": four_digits(_ms(fastest, batch)),
+        "fastest_ms": _ms_text(fastest, batch),
         "front": [row.name for row in front] if len(timed) > 2 and len(front) < len(timed) else (),
     }
 
@@ -392,6 +392,10 @@ def _lengths(ranking: Ranking) -> list[float]:
 def _ms(row: tables.Row, batch: int) -> float:
     latency = row.latency(batch)
     return math.inf if latency is None else latency.value
+
+
+def _ms_text(row: tables.Row, batch: int) -> str:
+    return four_digits(_ms(row, batch)) + (" ms *" if row.disturbed(batch) else " ms")
 
 
 def _percent(value: Any) -> str:

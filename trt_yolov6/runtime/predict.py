@@ -212,7 +212,7 @@ def _detect_at_once(
 
     Thresholds are those of `nms`, not those of `options`.
     """
-    check_thresholds(engine, nms)
+    check_thresholds(engine.path, engine.nms, nms)
     border = resolve_border(options.resize, options.border, engine.image_size)
     run: Run
     if engine.is_checked and engine.takes_images():
@@ -556,7 +556,7 @@ def resolve(engine: Engine, options: PredictOptions) -> tuple[NmsSettings, int]:
             fit them (see `letterbox.resolve_border`).
     """
     nms = options.nms(measured_nms(engine.nms))
-    check_thresholds(engine, nms)
+    check_thresholds(engine.path, engine.nms, nms)
     return nms, resolve_border(options.resize, options.border, engine.image_size)
 
 
@@ -596,28 +596,27 @@ def choose_batch(engine: Engine, batch: int | None) -> int:
     return batch
 
 
-def check_thresholds(engine: Engine, nms: NmsSettings) -> None:
-    """Refuse thresholds that an `end2end` engine has already decided otherwise.
+def check_thresholds(path: Path, inside: NmsSettings | None, nms: NmsSettings) -> None:
+    """Refuse thresholds that an `end2end` engine, with some inside, has already decided otherwise.
 
     Raises:
         UserError: the engine's built-in suppression dropped what is asked for, used another IoU, or
             keeps fewer boxes.
     """
-    inside = engine.nms
     if inside is None:
         return
     if nms.confidence < inside.confidence:
         raise UserError(
-            f"{engine.path} drops scores below {inside.confidence} itself; give `confidence` "
+            f"{path} drops scores below {inside.confidence} itself; give `confidence` "
             f"{inside.confidence} or more, or build it with another threshold.",
         )
     if nms.iou != inside.iou:
         raise UserError(
-            f"{engine.path} suppresses at IoU {inside.iou} itself; give `iou` {inside.iou} or "
+            f"{path} suppresses at IoU {inside.iou} itself; give `iou` {inside.iou} or "
             "build it with another threshold.",
         )
     if nms.max_detections > inside.max_detections:
         raise UserError(
-            f"{engine.path} keeps at most {inside.max_detections} boxes itself; give "
+            f"{path} keeps at most {inside.max_detections} boxes itself; give "
             f"`max_detections` {inside.max_detections} or fewer, or build it without NMS inside.",
         )

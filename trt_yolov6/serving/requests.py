@@ -14,6 +14,7 @@ from trt_yolov6.data.images import read_image
 from trt_yolov6.data.letterbox import Letterbox, fit
 from trt_yolov6.data.loader import fill_row
 from trt_yolov6.detectors.detections import Detections, postprocess
+from trt_yolov6.detectors.layouts import LAYOUTS, Outputs
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.predict import resolve
@@ -93,10 +94,33 @@ def run_tensors(
     array[total:] = 0
     outputs = engine.infer(array)
     ends = np.cumsum(counts)
-    return [
-        {name: value[end - count : end] for name, value in outputs.items()}
-        for count, end in zip(counts, ends, strict=True)
-    ]
+    part = shared_outputs if LAYOUTS[engine.output_layout].shared else _outputs
+    return [part(outputs, end - count, end) for count, end in zip(counts, ends, strict=True)]
+
+
+def _outputs(outputs: Outputs, start: int, end: int) -> dict[str, NDArray[Any]]:
+    return {name: value[start:end] for name, value in outputs.items()}
+
+
+def shared_outputs(outputs: Outputs, start: int, end: int) -> dict[str, NDArray[Any]]:
+    """Return the outputs of some images of a layout whose images share rows, as of a batch.
+
+    Args:
+        outputs: rows that begin with the number of their image; or rows, and how many of them each
+            image has.
+        start, end: the images.
+    """
+    counts = next((value for value in outputs.values() if value.ndim == 1), None)
+    found = {}
+    for name, value in outputs.items():
+        if value.ndim == 1:
+            found[name] = value[start:end]
+        elif counts is not None:
+            found[name] = value[counts[:start].sum() : counts[:end].sum()]
+        else:
+            found[name] = value[(value[:, 0] >= start) & (value[:, 0] < end)]
+            found[name][:, 0] -= start
+    return found
 
 
 def detect_encoded(

@@ -36,12 +36,14 @@ from msgspec import Meta
 
 from trt_yolov6.common.files import check_writable, made_folder, unwritable
 from trt_yolov6.common.ranges import Checked, Count
+from trt_yolov6.detectors.layouts import LAYOUTS
 from trt_yolov6.engines import LoadOptions
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest, write_manifest
 from trt_yolov6.errors import UserError
+from trt_yolov6.runtime.predict import check_thresholds, shown_nms
 from trt_yolov6.serving.config_text import fields_of, quoted
 from trt_yolov6.serving.python_backend import ENGINE_FILES, MAX_PIXELS
-from trt_yolov6.spec import BatchProfile, PredictOptions, TensorSpec
+from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions, TensorSpec
 
 PLATFORMS = {
     "tensorrt": ("tensorrt_plan", "model.plan"),
@@ -79,9 +81,6 @@ _TYPES = {
     "uint8": "TYPE_UINT8",
     "object": "TYPE_STRING",
 }
-
-_SHARED_OUTPUTS = ("end2end", "end2end_yolov7", "end2end_ppyoloe")
-"""Layouts whose outputs hold the boxes of all images together: Triton cannot part them again."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +134,13 @@ class ServedModel:
     parameters: dict[str, str]
     """Facts for clients: decoder, layout, pre-processing, names, where it came from."""
     shared_outputs: bool
-    """The outputs hold the boxes of all images of a batch together."""
+    """The outputs hold the boxes of all images together, which Triton cannot part again."""
     backend: str = "onnxruntime"
     """Backend that the engine was built for."""
     serves: Serves | None = None
     """Input of the Python backend; None where Triton runs the engine itself."""
+    nms: NmsSettings | None = None
+    """Thresholds inside the engine."""
 
     @property
     def max_batch_size(self) -> int:
@@ -318,7 +319,7 @@ def _model(path: Path, details: Manifest, python: Serves | None) -> ServedModel:
     source, *outputs = details.tensors
     fixed = source.shape[0]
     batch = details.batch if fixed is None else BatchProfile.of(fixed)
-    shared = details.output_layout in _SHARED_OUTPUTS
+    shared = LAYOUTS[details.output_layout].shared
     # This package fills small batches up.
     if not batch.is_static and batch.min > 1 and not shared and python is None:
         raise UserError(
@@ -353,6 +354,7 @@ def _model(path: Path, details: Manifest, python: Serves | None) -> ServedModel:
         batch=batch,
         class_names=details.class_names,
         parameters=parameters,
+        nms=details.nms,
         shared_outputs=shared,
         backend=details.backend,
     )
@@ -386,7 +388,8 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     """Return a model's `config.pbtxt`.
 
     Raises:
-        UserError: a plan of TensorRT is to run on the CPU.
+        UserError: a plan of TensorRT is to run on the CPU, or the engine has decided otherwise on
+            thresholds.
     """
     on_cpu = runs_on_cpu(model, settings)
     if on_cpu and model.backend != "onnxruntime":
@@ -419,6 +422,7 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     fields.append(_block("instance_group", *group))
     parameters = dict(model.parameters)
     if model.serves == "pictures":
+        check_thresholds(model.engine, model.nms, settings.predict.nms(shown_nms(model.nms)))
         parameters.update((key, str(value)) for key, value in settings.predict.thresholds().items())
     for key, value in parameters.items():
         block = _block("value", f"string_value: {quoted(value)}")

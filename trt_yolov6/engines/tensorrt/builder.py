@@ -22,11 +22,13 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
+from msgspec import Meta
 from tqdm import tqdm
 
 from trt_yolov6.common.files import read_bytes, write_bytes
+from trt_yolov6.common.ranges import Count, fitting
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.tensorrt.flavour import Flavour, instance_of, logger_of, one_line
 from trt_yolov6.engines.tensorrt.implicit_int8 import calibrate
@@ -42,7 +44,8 @@ else:
 
 _LOG = logging.getLogger(__name__)
 
-MAX_OPTIMIZATION_LEVEL = 5
+_Level = Annotated[int, Meta(ge=0, le=5)]
+"""TensorRT's optimization levels."""
 
 # How often each kernel is timed: trtexec's number. With one timing, TensorRT's default, YOLOv6-M
 # got kernels 1.2 to 2.2 times as slow as L-ReLU's for the same shapes (one image, 8.6.0).
@@ -80,7 +83,8 @@ def build_plan(
         UserError: the graph has no translation, a setting is out of range, or the builder fails;
             the sentence quotes its reason.
     """
-    _check_settings(settings)
+    fitting(settings.optimization_level, _Level | None, "`optimization_level`")
+    fitting(settings.workspace_mib, Count | None, "`workspace_mib`")
     weak = None
     if settings.calibration is not None or not has_strong_types(flavour.api):
         calibration = settings.calibration
@@ -176,18 +180,6 @@ def remedy_of(release: tuple[int, int], *, explicit_int8: bool) -> str:
         # Where boxes in half precision do not help 8.5.3, no other form did (tensorrt8.md).
         return "build INT8 with TensorRT 8.6 or later, or FP16 with this one"
     return "try another `workspace_mib`, batch or precision"
-
-
-def _check_settings(settings: BuildSettings) -> None:
-    level = settings.optimization_level
-    if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
-        raise UserError(
-            f"`optimization_level` {level} is out of range; give 0 to {MAX_OPTIMIZATION_LEVEL}.",
-        )
-    if settings.workspace_mib is not None and settings.workspace_mib < 1:
-        raise UserError(
-            f"`workspace_mib` {settings.workspace_mib} is out of range; give at least 1 MiB.",
-        )
 
 
 def has_strong_types(api: trt.Api) -> bool:
