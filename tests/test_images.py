@@ -231,6 +231,20 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     assert found == ["set/more/elsewhere.png", "set/set.png"]
 
 
+def test_an_image_is_named_by_its_own_folder_not_by_a_link(tmp_path: Path) -> None:
+    # The order of a folder's entries is by a hash of their names on ext4: some of these links came
+    # before what they point to.
+    expected = []
+    for number in range(16):
+        folder = tmp_path / f"{number:02}" / "real"
+        folder.mkdir(parents=True)
+        expected.append(folder / "a.png")
+        expected[-1].write_bytes(b"x")
+        (folder.parent / "link").symlink_to("real")
+        (tmp_path / "00" / f"link{number:02}").symlink_to(folder.parent)
+    assert list_images(tmp_path) == expected
+
+
 def test_pictures_that_a_folder_leaves_out_are_counted_once(tmp_path: Path) -> None:
     for name in ("a.jfif", "b.heic", "c.HEIC", "d.gif", ".e.gif"):
         (tmp_path / name).write_bytes(b"x")

@@ -8,7 +8,7 @@ import logging
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +72,7 @@ def images_below(folder: Path) -> list[Path]:
     found: list[Path] = []
     others: Counter[str] = Counter()
     looked_at = 0
-    walked: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in walked:
-            folders.clear()
-            continue
-        walked.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for place, folders, files in _folders(folder):
         looked_at += len(folders) + len(files)
         for name in files:
             if name.startswith("."):
@@ -98,6 +91,26 @@ def images_below(folder: Path) -> list[Path]:
     if others:
         _warn_of_others(folder, ", ".join(f"{n} {end}" for end, n in sorted(others.items())))
     return sorted(path for path in found if path.is_file())
+
+
+def _folders(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield what `os.walk` does of folders that are not hidden, each once.
+
+    What lies in `top` itself is not named by a link, whatever the order of a folder's entries.
+    """
+    walked: set[str] = set()
+    tops = [str(top)]
+    for start in tops:  # which grows by the links that are found
+        for place, folders, files in os.walk(start):
+            real = os.path.realpath(place)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if real in walked:
+                folders.clear()
+                continue
+            walked.add(real)
+            paths = (os.path.join(place, name) for name in folders)
+            tops += filter(os.path.islink, paths)
+            yield place, folders, files
 
 
 @functools.cache  # once for each folder, however often it is listed
