@@ -42,8 +42,12 @@ def test_short_trainings_have_fewer_plain_epochs() -> None:
 
 
 def test_numpy_s_numbers_are_written_as_python_s() -> None:
-    settings = recipe_for("yolov6s", "data", batch=np.int64(8), epochs=np.int64(20))
-    plain = recipe_for("yolov6s", "data", batch=8, epochs=20)
+    repeats = ArchitectureOptions(stage_repeats=tuple(np.array([2, 4, 4, 2])))
+    settings = recipe_for(
+        "yolov6s", "data", options=repeats, batch=np.int64(8), epochs=np.int64(20)
+    )
+    repeats = ArchitectureOptions(stage_repeats=(2, 4, 4, 2))
+    plain = recipe_for("yolov6s", "data", options=repeats, batch=8, epochs=20)
     assert json.dumps(settings.to_json()) == json.dumps(plain.to_json())
 
 

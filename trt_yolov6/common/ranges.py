@@ -53,7 +53,9 @@ class Checked:
 
 
 def plain(value: Any) -> Any:
-    """Return a number of NumPy, which JSON does not take, as Python's; other values as they are."""
+    """Return NumPy's numbers, which JSON does not take, as Python's; other values as they are."""
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
     return value.item() if getattr(value, "shape", None) == () else value
 
 
