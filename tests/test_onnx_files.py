@@ -125,19 +125,25 @@ def test_nodes_out_of_order_are_sorted_and_built(tmp_path: Path) -> None:
     assert again.SerializeToString() == before
 
 
-def test_functions_of_the_file_s_own_are_put_in_place(tmp_path: Path) -> None:
-    model = detector()
-    opset = helper.make_opsetid("", 17)
-    (stem,) = [node for node in model.graph.node if node.name == "stem"]
-    inner = type(stem).FromString(stem.SerializeToString())
-    inner.input[:], inner.output[:] = ["x", "w", "b"], ["y"]
-    model.functions.append(
-        helper.make_function("own", "Stem", ["x", "w", "b"], ["y"], [inner], [opset])
-    )
+def with_functions(model: onnx.ModelProto, operator: str) -> onnx.ModelProto:
+    """Make a function of each node of an operator, as some exporters do of each module."""
+    (opset,) = model.opset_import
+    for index, node in enumerate(model.graph.node):
+        if node.op_type == operator:
+            inner = onnx.NodeProto.FromString(node.SerializeToString())
+            inner.input[:] = [f"x{place}" for place in range(len(node.input))]
+            inner.output[:] = ["y"]
+            name = f"Own{index}"
+            model.functions.append(
+                helper.make_function("own", name, inner.input, inner.output, [inner], [opset])
+            )
+            node.CopyFrom(helper.make_node(name, node.input, node.output, domain="own"))
     model.opset_import.append(helper.make_opsetid("own", 1))
-    call = helper.make_node("Stem", list(stem.input), list(stem.output), domain="own")
-    stem.CopyFrom(call)
-    path = save(model, tmp_path / "functions.onnx")
+    return model
+
+
+def test_functions_of_the_file_s_own_are_put_in_place(tmp_path: Path) -> None:
+    path = save(with_functions(detector(), "Conv"), tmp_path / "functions.onnx")
     for fp16 in (False, True):
         own, plain = (
             graph_from_onnx(one, fp16=fp16).model
@@ -148,6 +154,22 @@ def test_functions_of_the_file_s_own_are_put_in_place(tmp_path: Path) -> None:
         )
         for given, wanted in zip(*(run(m, random_images(1)[0]) for m in (own, plain)), strict=True):
             np.testing.assert_array_equal(given, wanted)
+
+
+def test_what_is_in_functions_is_recognized_in_an_engine_too(tmp_path: Path) -> None:
+    # Recognition goes by what comes after the last convolutions: in YOLOX's own export, nothing.
+    path = save(with_functions(family_graphs.yolox(), "Conv"), tmp_path / "yolox.onnx")
+    with load_engine(path) as engine:
+        assert engine.output_layout == graph_from_onnx(path).detector.output_layout == "grid_rows"
+
+
+def test_a_function_that_is_called_with_other_inputs_is_refused(tmp_path: Path) -> None:
+    model = with_functions(detector(), "Conv")
+    del model.functions[0].input[-1]
+    path = save(model, tmp_path / "other.onnx")
+    for read in (read_onnx, load_engine):
+        with pytest.raises(UserError, match="not a whole ONNX model"):
+            read(path)
 
 
 def test_nodes_in_a_circle_are_refused(tmp_path: Path) -> None:

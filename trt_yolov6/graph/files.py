@@ -47,8 +47,7 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
         onnx.checker.check_model(model if has_changed else content)
     except (onnx.checker.ValidationError, ValueError, UnicodeDecodeError) as error:
         raise _not_whole(path, first_line(error)) from error
-    if model.functions:
-        model = inline_local_functions(model)
+    model = inlined(model, path)
     if not model.graph.node:
         raise UserError(f"{path} is not an ONNX model with any operator; export it again.")
     for tensor in _tensors(model.graph):  # which the checker does not look at
@@ -93,6 +92,22 @@ def read_weights(model: onnx.ModelProto, path: Path) -> bool:
             "detector is needed."
         )
     return True
+
+
+def inlined(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """Return a model with the nodes of its own functions in place; itself where it has none.
+
+    Functions of another opset than the model's stay.
+
+    Raises:
+        UserError: a function calls itself, or is called with other inputs than it has.
+    """
+    if not model.functions:
+        return model
+    try:
+        return inline_local_functions(model)
+    except (onnx.checker.ValidationError, RuntimeError) as error:
+        raise _not_whole(path, first_line(error)) from error
 
 
 def sort_nodes(model: onnx.ModelProto) -> bool:

@@ -144,14 +144,17 @@ def _read(
     graph = parsed_model(content) if manifest is None else None
     if graph is None or not graph.graph.input:  # cut short, which what opens the session says
         return content, None, ()
-    from trt_yolov6.graph.files import read_weights, sort_nodes
+    from trt_yolov6.graph.files import inlined, read_weights, sort_nodes
     from trt_yolov6.graph.inputs import with_one_input
     from trt_yolov6.graph.outputs import drop_other_outputs
 
-    # ONNX Runtime would sort the nodes itself; what rewrites the graph before goes by their order.
-    changes = read_weights(graph, path), sort_nodes(graph), with_one_input(graph, path)
-    dropped = drop_other_outputs(graph, path, decoder)
-    return graph.SerializeToString() if any(changes) or dropped else content, graph, dropped
+    # ONNX Runtime would do the first two itself; what recognizes and rewrites the graph goes by its
+    # nodes and their order.
+    whole = inlined(graph, path)
+    changes = whole is not graph, sort_nodes(whole), read_weights(whole, path)
+    has_changed = any((*changes, with_one_input(whole, path)))
+    dropped = drop_other_outputs(whole, path, decoder)
+    return whole.SerializeToString() if has_changed or dropped else content, whole, dropped
 
 
 class OnnxRuntimeEngine(Engine):
