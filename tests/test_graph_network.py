@@ -28,7 +28,7 @@ from trt_yolov6.training.qat.export import trained_graph
 from trt_yolov6.training.qat.onnx_module import GraphNetwork, feature_tensors, weight_scale
 from trt_yolov6.training.qat.preparation import Start, prepare_graph
 
-MINMAX = QuantizationSettings(calibrator="minmax", equalize=False)
+MINMAX = QuantizationSettings(calibrator="minmax", equalize=False, bias_correction=False)
 
 
 def outputs_of(

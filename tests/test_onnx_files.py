@@ -86,6 +86,17 @@ def test_weights_that_are_missing_or_cut_short_are_named(tmp_path: Path, damage:
         assert "\n" not in str(error.value)
 
 
+def test_weights_that_are_a_link_are_refused_as_one(tmp_path: Path) -> None:
+    path = external(tmp_path)
+    weights = tmp_path / "d.onnx.data"
+    weights.rename(tmp_path / "blob")
+    weights.symlink_to(tmp_path / "blob")  # as Hugging Face's cache has it
+    with pytest.raises(
+        UserError, match=r"cannot be read from its folder \(it is a symbolic link\)"
+    ):
+        read_onnx(path)
+
+
 def test_weights_elsewhere_are_not_read(tmp_path: Path) -> None:
     path = external(tmp_path)
     model = onnx.load(path, load_external_data=False)

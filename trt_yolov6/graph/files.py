@@ -76,9 +76,10 @@ def read_weights(model: onnx.ModelProto, path: Path) -> bool:
         load_external_data_for_model(model, str(path.absolute().parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
         listed = ", ".join(places)
+        reason = first_line(error).rpartition(", but ")[2].rstrip(".")
         raise UserError(
-            f"{path} keeps weights in {listed}, which cannot be read from its folder; copy the "
-            "files together, or export with the weights inside."
+            f"{path} keeps weights in {listed}, which cannot be read from its folder ({reason}); "
+            "copy the files together, or export with the weights inside."
         ) from error
     for tensor in _tensors(model.graph):
         if not _has_its_bytes(tensor):
