@@ -110,7 +110,11 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         ("INT8 on it", diagnosis.int8_on_cpu),
         ("", "(ONNX Runtime engines compute Q/DQ graphs in float: exact anywhere, but no faster)"),
         *(("GPU", _gpu_text(gpu)) for gpu in diagnosis.gpus),
-        *(() if diagnosis.gpus else (("GPU", "none that nvidia-smi knows of"),)),
+        *(
+            ()
+            if diagnosis.gpus
+            else (("GPU", "none that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves"),)
+        ),
         ("installed", ", ".join(installed) or "nothing"),
         ("absent", ", ".join(absent) or "nothing"),
         *(("PROBLEM", problem) for problem in diagnosis.problems),
