@@ -69,13 +69,12 @@ LONG = (
     "cli",
     "graph_network",
     "overfit",
-    "fallback",
     "placement",
     "insert",
-    "roofline",
     "quantization_search",
+    "benchmarking",
+    "fallback",
     "trained_checkpoint",
-    "polygraphy_check",
 )
 """Files that take longest, the longest first; Ray's mostly waits for processes that start."""
 

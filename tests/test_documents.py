@@ -58,8 +58,9 @@ def test_code_blocks_run(
     monkeypatch.syspath_prepend(folder)
     # As `--imgsz 64` for commands.
     monkeypatch.setattr(Architecture, "image_size", 64)
-    # `compare` has no options for this search, which has tests of its own.
-    monkeypatch.setattr("trt_yolov6.comparison.engines.QuantizationSettings", quicker_settings)
+    # `compare` and Python name no options for this search, which has tests of its own.
+    for module in ("comparison.engines", "quantization.settings"):
+        monkeypatch.setattr(f"trt_yolov6.{module}.QuantizationSettings", quicker_settings)
     with restored_registries():
         for block in blocks(document):
             if block.runs_here:

@@ -249,7 +249,9 @@ def test_graphs_of_other_tools_mean_what_they_meant(
 
 @pytest.fixture(scope="module")
 def sample(root: Path) -> Start:
-    settings = QuantizationSettings(calibrator="minmax", equalize=False, image_limit=3)
+    settings = QuantizationSettings(
+        calibrator="minmax", equalize=False, bias_correction=False, image_limit=3
+    )
     return prepared_sample(root, 256, settings)
 
 

@@ -384,6 +384,24 @@ def test_dynamic_quantization_is_called_what_it_is(tmp_path: Path) -> None:
         with_symmetric_int8(graph.model, "dynamic.onnx")
 
 
+def test_onnx_runtime_s_own_operators_are_not_called_exact(tmp_path: Path) -> None:
+    from onnxruntime.quantization import QuantFormat, quantize_static
+
+    class Images:
+        def __init__(self) -> None:
+            self.batches = iter(random_images())
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(({"images": one} for one in self.batches), None)
+
+    path = save(detector(), tmp_path / "float.onnx")
+    for form, said in ((QuantFormat.QOperator, "QLinearConv"), (QuantFormat.QDQ, "exactly")):
+        quantize_static(path, tmp_path / "int8.onnx", Images(), quant_format=form)
+        with load_engine(tmp_path / "int8.onnx") as engine:
+            assert said in (engine.note or "")
+            assert (engine.computed_in == "fp32") == (form == QuantFormat.QDQ)
+
+
 def test_half_precision_is_called_so_with_weights_in_constant_nodes(tmp_path: Path) -> None:
     # As Paddle2ONNX writes them.
     model = to_fp16(detector())

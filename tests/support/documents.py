@@ -42,7 +42,7 @@ _SHORTER = {
         *("--calibrator", "minmax", *_SMALL),
     ),
     "train": ("--epochs", "1", "--batch", "4", *_SMALL),
-    "qat": ("--epochs", "1", "--batch", "4", *_SMALL),
+    "qat": ("--epochs", "1", "--batch", "4", *_SMALL, "--calibrator", "minmax", "--no-equalize"),
 }
 _QUICKER = ("--calibrator", "minmax", "--no-equalize", "--no-reconstruct")
 """For `--int8`, whose search has tests of its own."""

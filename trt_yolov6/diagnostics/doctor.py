@@ -102,7 +102,6 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
     """Return a diagnosis as text for a terminal."""
     installed = [f"{name} {text}" for name, text in diagnosis.packages.items() if text]
     absent = [name for name, text in diagnosis.packages.items() if not text]
-    gpus = [_gpu_text(gpu) for gpu in diagnosis.gpus]
     rows = [
         ("trt-yolov6", diagnosis.version),
         ("Python", f"{diagnosis.python} at {diagnosis.executable}"),
@@ -110,7 +109,12 @@ def format_diagnosis(diagnosis: Diagnosis) -> str:
         ("CPU", _cpu_text(diagnosis.cpu, diagnosis.cpu_clock)),
         ("INT8 on it", diagnosis.int8_on_cpu),
         ("", "(ONNX Runtime engines compute Q/DQ graphs in float: exact anywhere, but no faster)"),
-        *(("GPU", gpu) for gpu in gpus or ["none that nvidia-smi and CUDA_VISIBLE_DEVICES name"]),
+        *(("GPU", _gpu_text(gpu)) for gpu in diagnosis.gpus),
+        *(
+            ()
+            if diagnosis.gpus
+            else (("GPU", "none that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves"),)
+        ),
         ("installed", ", ".join(installed) or "nothing"),
         ("absent", ", ".join(absent) or "nothing"),
         *(("PROBLEM", problem) for problem in diagnosis.problems),

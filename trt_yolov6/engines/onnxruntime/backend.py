@@ -121,7 +121,9 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     engine = OnnxRuntimeEngine(path, manifest, session, options, graph)
     engine.dropped_outputs = dropped
     notes = []
-    if is_quantized(content):
+    if b"QLinearConv" in content:
+        notes.append("INT8 by ONNX Runtime's own QLinearConv, which saturates on CPUs without VNNI")
+    elif is_quantized(content):
         label = "FP8" if manifest and manifest.precision == "fp8" else "INT8"
         how = "with integer arithmetic emulated in float32" if whole else "in float"
         engine.computed_in = "fp32"
