@@ -304,6 +304,7 @@ def test_images_without_a_label_file_are_noted(tmp_path: Path) -> None:
     (tmp_path / "labels" / "val" / "a.txt").write_text("")  # without objects, and said so
     assert not load_coco(tmp_path, "val").notes
     (tmp_path / "labels" / "val" / "a.txt").unlink()
+    (tmp_path / "images" / "val" / "a.txt").write_text("a caption, not labels")
     (note,) = load_coco(tmp_path, "val").notes
     assert "1 of 2 images of val have no label file" in note
     assert "val/a.png" in note

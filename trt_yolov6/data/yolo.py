@@ -171,24 +171,26 @@ def label_path(image: Path) -> Path:
 
 
 def _label_files(images: Sequence[Path]) -> dict[Path, Path]:
-    """Return the label file of each image that has one: in `labels/`, or else next to it.
+    """Return the label file of each image that has one: in `labels/`, or without that next to it.
 
     Capitals do not matter, nor how an umlaut is composed: macOS takes `ä` apart in some names.
     """
     found: dict[Path, Path] = {}
-    expected = {image: (label_path(image), image.with_suffix(".txt")) for image in images}
-    taken = {path for paths in expected.values() for path in paths}
+    expected = {image: label_path(image) for image in images}
+    for image, path in expected.items():
+        # Where there is such a folder, a text next to an image may be anything, such as a caption.
+        if not path.parent.is_dir():
+            expected[image] = image.with_suffix(".txt")
+    taken = set(expected.values())
     listed: dict[Path, dict[str, Path]] = {}
-    for image, paths in expected.items():
-        for path in dict.fromkeys(paths):
-            if not path.is_file():
-                if path.parent not in listed:
-                    there = path.parent.iterdir() if path.parent.is_dir() else ()
-                    listed[path.parent] = {_spelling(one): one for one in there if one not in taken}
-                path = listed[path.parent].get(_spelling(path), path)
-            if path.is_file():
-                found[image] = path
-                break
+    for image, path in expected.items():
+        if not path.is_file():
+            if path.parent not in listed:
+                there = path.parent.iterdir() if path.parent.is_dir() else ()
+                listed[path.parent] = {_spelling(one): one for one in there if one not in taken}
+            path = listed[path.parent].get(_spelling(path), path)
+        if path.is_file():
+            found[image] = path
     return found
 
 
