@@ -30,7 +30,7 @@ compiling=$!
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/lint-imports
-# Types and the site are checked beside the tests, some of which only wait; what they say comes last.
+# Types and the site are checked during the tests, some of which only wait; what they say comes last.
 said=$(mktemp)
 {
     .venv/bin/mypy
