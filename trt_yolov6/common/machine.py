@@ -172,8 +172,9 @@ def read_cpu_clock() -> CpuClock:
 def read_gpus(timeout: float = 10.0) -> tuple[Gpu, ...]:
     """Ask `nvidia-smi`, which comes with every driver, for the GPUs and their present clocks.
 
-    They are those that CUDA_VISIBLE_DEVICES leaves, in its order. There are none without a GPU, a
-    driver or an answer within `timeout` seconds.
+    They are those that CUDA_VISIBLE_DEVICES leaves, in its order; its numbers are nvidia-smi's, as
+    among equal GPUs or with CUDA_DEVICE_ORDER=PCI_BUS_ID. There are none without a GPU, a driver or
+    an answer within `timeout` seconds.
     """
     program = shutil.which("nvidia-smi")
     if program is None:
