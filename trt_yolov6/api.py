@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 from trt_yolov6.engines.base import Engine, LoadOptions
 from trt_yolov6.runtime.detector import Detector
-from trt_yolov6.spec import PredictOptions, is_whole
+from trt_yolov6.spec import PredictOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -140,6 +140,7 @@ def benchmark(
         return benchmark([detectors], **options)[0]
     from trt_yolov6.bench.end_to_end import benchmark_end_to_end_many
     from trt_yolov6.bench.latency import benchmark_many
+    from trt_yolov6.common.ranges import Count, fitting
     from trt_yolov6.data.images import list_images
     from trt_yolov6.errors import UserError
 
@@ -147,9 +148,7 @@ def benchmark(
     images, predict = how.pop("images", None), how.pop("predict", None)
     if images is None and predict is not None:
         raise UserError("`predict` is for timing with `images`; leave it out.")
-    streams = how.get("streams", 1)
-    if not (is_whole(streams) and streams > 0):
-        raise UserError(f"`streams` {streams!r} is out of range; give a whole number from 1.")
+    fitting(how.get("streams", 1), Count, "`streams`")
     if images is not None and how.pop("streams", 1) > 1:
         raise UserError("`streams` is for the engine alone; leave it out.")
     with contextlib.ExitStack() as stack:

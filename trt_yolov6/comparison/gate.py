@@ -18,7 +18,7 @@ from msgspec import Meta
 from trt_yolov6.common.ranges import Checked, NotNegative
 from trt_yolov6.common.statistics import Interval, ratio_of
 from trt_yolov6.common.text import counted
-from trt_yolov6.comparison.results import THRESHOLDS, latency_of
+from trt_yolov6.comparison.results import THRESHOLDS, latency_of, other_basis
 from trt_yolov6.errors import UserError
 
 SAME_ENGINE = Interval(1.0, 1.0, 1.0)
@@ -184,20 +184,17 @@ def check_basis(
     Raises:
         UserError: it is of another data set or other thresholds.
     """
-    for key in ("annotations_sha256", "images_sha256"):
-        if data.get(key) != baseline["data"].get(key):
-            raise UserError(
-                f"the baseline is of another data set ({baseline['data'].get('root')}, "
-                f"{baseline['data'].get('split')}); compare on the same one, or make a new "
-                "baseline."
-            )
-    for key in THRESHOLDS:
-        now, before = settings.get(key), baseline["settings"].get(key)
-        if now != before:
-            raise UserError(
-                f"the baseline was evaluated with {key} {before}, this comparison with {now}; use "
-                "the same, or make a new baseline."
-            )
+    key = other_basis(data, settings, baseline)
+    if key in THRESHOLDS:
+        raise UserError(
+            f"the baseline was evaluated with {key} {baseline['settings'].get(key)}, this "
+            f"comparison with {settings.get(key)}; use the same, or make a new baseline."
+        )
+    if key is not None:
+        raise UserError(
+            f"the baseline is of another data set ({baseline['data'].get('root')}, "
+            f"{baseline['data'].get('split')}); compare on the same one, or make a new baseline."
+        )
 
 
 def format_verdict(verdict: Verdict) -> str:

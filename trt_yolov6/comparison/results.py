@@ -264,6 +264,21 @@ def read_results(path: str | Path) -> Results:
     return cast(Results, value)  # with the fields that are not declared here
 
 
+def other_basis(
+    data: Mapping[str, Any], settings: Mapping[str, Any], other: Mapping[str, Any]
+) -> str | None:
+    """Return the first of what an AP depends on that is different in other results, or None.
+
+    It is `annotations_sha256` or `images_sha256` of the data, or one of `THRESHOLDS`.
+    """
+    for key in ("annotations_sha256", "images_sha256"):
+        if data.get(key) != other["data"].get(key):
+            return key
+    return next(
+        (key for key in THRESHOLDS if settings.get(key) != other["settings"].get(key)), None
+    )
+
+
 def latency_of(timing: Mapping[str, Any]) -> Interval:
     """Return a timing's latency and its interval, in milliseconds."""
     latency = timing["latency_ms"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from trt_yolov6.common.files import read_json
 from trt_yolov6.common.records import as_record
-from trt_yolov6.comparison.results import FILE, KIND, THRESHOLDS, read_results
+from trt_yolov6.comparison.results import FILE, KIND, other_basis, read_results
 from trt_yolov6.errors import UserError
 from trt_yolov6.quantization.metrics import METRICS, Metric
 
@@ -108,15 +108,13 @@ def read_material(paths: Sequence[str | Path]) -> Material:
 
 
 def _check_basis(one: Comparison, first: Comparison) -> None:
-    for part, key, what in (
-        ("data", "annotations_sha256", "another data set"),
-        ("data", "images_sha256", "other images"),
-        *(("settings", key, f"another {key}") for key in THRESHOLDS),
-    ):
-        if one.value[part][key] != first.value[part][key]:
-            raise UserError(
-                f"the AP in {one.path} is of {what} than in {first.path}; write a report of each."
-            )
+    key = other_basis(one.value["data"], one.value["settings"], first.value)
+    if key is not None:
+        data = {"annotations_sha256": "another data set", "images_sha256": "other images"}
+        raise UserError(
+            f"the AP in {one.path} is of {data.get(key, f'another {key}')} than in {first.path}; "
+            "write a report of each."
+        )
 
 
 @dataclass(frozen=True)
