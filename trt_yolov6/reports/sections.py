@@ -122,20 +122,20 @@ def _quantization_cost(rows: Sequence[tables.Row]) -> dict[str, Any]:
     ]
     models = []
     for label, own in tables.quantization(rows):
-        top = max((row.ap for row, _ in own if row.ap is not None), default=0.0) or 1.0
+        top = max((row.ap for _, row, _ in own if row.ap is not None), default=0.0) or 1.0
         body: list[list[tables.Cell]] = []
-        for row, change in own:
+        for name, row, change in own:
             share = tables.quantized_share(row.engine)
             kept = str(len(row.engine.get("float_layers") or ()))
             body.append(
                 [
-                    *(row.precision, row.ap_text, tables.Bar((row.ap or 0) / top, row.base)),
+                    *(name, row.ap_text, tables.Bar((row.ap or 0) / top, row.base)),
                     *(_change(row, change), _agreement(row.engine.get("agreement"))),
                     *(_percent(row.engine.get(key)) for key in ("APs", "APm", "APl")),
                     *((tables.NOTHING,) * 2 if share is None else (f"{100 * share:.0f} %", kept)),
                 ]
             )
-        charts = [chart for row, _ in own for chart in _float_layers_tried(row)]
+        charts = [chart for _, row, _ in own for chart in _float_layers_tried(row)]
         models.append({"label": label, "table": Table(head, body), "charts": charts})
     agreed = [row.engine["agreement"] for row in rows if row.engine.get("agreement")]
     return {
