@@ -358,6 +358,10 @@ def test_a_graph_knows_its_source_as_it_was(folder: Path, tmp_path: Path) -> Non
     source.unlink()
     built = trt_yolov6.build(graph, output=tmp_path / "engine.onnx")
     assert (built.manifest.source, built.manifest.source_sha256) == ("net.onnx", digest)
+    # Through the file that was exported from it, and through the engine's, which is one, too.
+    checkpoint = hashlib.sha256((folder / "yolov6n.pt").read_bytes()).hexdigest()
+    again = trt_yolov6.build(built, output=tmp_path / "again.onnx")
+    assert [one.manifest.checkpoint_sha256 for one in (built, again)] == [checkpoint] * 2
 
 
 def test_a_checkpoint_brings_its_names_and_a_graph_its_size(folder: Path) -> None:

@@ -304,20 +304,20 @@ def _not_taken(case: Case, batches: Sequence[int], takes: str) -> tuple[str, ...
 
 
 def origins(built: Sequence[BuiltCase]) -> list[str]:
-    """Return the SHA-256 of the file that each engine was built from, by its manifest.
+    """Return the SHA-256 of the checkpoint that each engine is of, by its manifest.
 
-    Where that is an engine of the comparison, too, it is that of the one that it was built from;
-    without a manifest it is the engine's own.
+    Of a network without one it is that of the file that the engine was built from, or, where that
+    is an engine of the comparison, that one was; without a manifest it is the engine's own.
     """
     own = [one.sha256[one.largest] for one in built]
     manifests = [read_manifest(one.files[one.largest]) for one in built]
     sources = {
-        sha256: manifest.source_sha256
+        sha256: source
         for sha256, manifest in zip(own, manifests, strict=True)
+        if manifest is not None
         # ONNX Runtime's engine of an engine's file is that file again.
-        if manifest is not None and manifest.source_sha256 not in ("", sha256)
+        and (source := manifest.checkpoint_sha256 or manifest.source_sha256) not in ("", sha256)
     }
-
     found = own
     for _ in sources:
         found = [sources.get(sha256, sha256) for sha256 in found]

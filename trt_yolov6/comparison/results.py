@@ -11,14 +11,14 @@ in pixels, hashes SHA-256 in hexadecimal, dates ISO 8601; an interval is [low, h
     settings          the plan, without its models
     engines           one record an engine (two batch sizes of one plan are one engine):
                       engine (its name), label, model, precision, backend, backend_version, device,
-                      threads, note, image_size, source, source_sha256, origin_sha256 (of what
-                      that was built from), parameters, flops, bytes, calibration, float_layers,
-                      build_s, and of its accuracy AP, AP50, AP75, APs, APm, APl, images,
-                      detections, per_class; agreement: of a quantized engine with its model's
-                      float one (else null): with (that engine), value (AP of its detections
-                      against the float ones above 0.3) and its bootstrap interval over images,
-                      ap_change (to float: value, interval), images, and calibrated_on, how many of
-                      these calibrated it
+                      threads, note, image_size, source, source_sha256, origin_sha256 (of the
+                      checkpoint or graph that it is of), parameters, flops, bytes, calibration,
+                      float_layers, build_s, and of its accuracy AP, AP50, AP75, APs, APm, APl,
+                      images, detections, per_class; agreement: of a quantized engine with its
+                      model's float one (else null): with (that engine), value (AP of its
+                      detections against the float ones above 0.3) and its bootstrap interval over
+                      images, ap_change (to float: value, interval), images, and calibrated_on, how
+                      many of these calibrated it
     timings           one record an engine and batch size: engine, batch, engine_file,
                       engine_sha256, latency_ms (median, its interval, mean, p90, p99, min, rounds),
                       throughput_fps and its interval, runs, quiet_runs, disturbed, waited, date.

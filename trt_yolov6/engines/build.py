@@ -225,6 +225,7 @@ def graph_manifest(graph: Graph, path: Path, plan: bytes) -> Manifest:
         plan_sha256=sha256_bytes(plan),
         source=file_name(graph.source),
         source_sha256=graph.source_sha256,
+        checkpoint_sha256=graph.checkpoint_sha256,
         calibration=graph.calibration,
         float_layers=graph.float_layers,
         tensors=tuple(

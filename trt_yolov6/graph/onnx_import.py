@@ -25,7 +25,7 @@ from trt_yolov6.graph.editing import at_opset
 from trt_yolov6.graph.files import graph_precision, read_onnx, value_spec
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
 from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
-from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.model import CHECKPOINT, Graph
 from trt_yolov6.graph.normalize import with_folded_weights
 from trt_yolov6.graph.operators import HALF_SCALES_OPSET, QDQ_OPS
 from trt_yolov6.graph.outputs import drop_other_outputs, dropped_text, facts_of
@@ -99,6 +99,7 @@ def graph_from_onnx(
         precision=precision,
         source=path,
         source_sha256=sha256_file(path),
+        checkpoint_sha256=metadata.get(CHECKPOINT, ""),
         notes=(dropped_text(dropped),) if dropped else (),
     )
 
