@@ -628,3 +628,13 @@ def test_a_baseline_of_something_else_is_refused_before_anything_is_measured(
     assert main([*command[:-1], str(tmp_path / "other.json")]) == 2
     assert "another data set" in capsys.readouterr().err
     assert not (tmp_path / "run" / "results.json").exists()
+    value = json.loads((finished / "results.json").read_text())
+    for engine in value["engines"]:
+        engine["device"] = "another cpu"
+    write_json(tmp_path / "other.json", value)
+    assert main([*command[:-1], str(tmp_path / "other.json")]) == 2
+    assert "measured on another cpu" in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "steps").glob("accuracy-*"))
+    allowed = main([*command[:-1], str(tmp_path / "other.json"), "--allow-other-device"])
+    assert allowed == 1
+    assert "gate: failed" in capsys.readouterr().out

@@ -161,17 +161,31 @@ def check_comparable(
         UserError: it is of another data set, other thresholds, or another device.
     """
     check_basis(results["data"], results["settings"], baseline)
-    if limits.other_device:
-        return
-    devices = [
-        sorted({engine["device"] for engine in value["engines"]}) for value in (results, baseline)
-    ]
-    if devices[0] != devices[1]:
-        raise UserError(
-            f"the baseline was measured on {', '.join(devices[1]) or 'no device'}, this comparison "
-            f"on {', '.join(devices[0]) or 'no device'}; make a baseline here, or give "
-            "`other_device`.",
-        )
+    devices = _devices(results)
+    if not limits.other_device and devices != _devices(baseline):
+        raise _of_another_device(devices, baseline)
+
+
+def check_device(device: str, baseline: Mapping[str, Any]) -> None:
+    """Refuse a baseline that has no engine on a device that is about to be measured.
+
+    Raises:
+        UserError: it was measured elsewhere.
+    """
+    if device not in _devices(baseline):
+        raise _of_another_device({device}, baseline)
+
+
+def _devices(results: Mapping[str, Any]) -> set[str]:
+    return {engine["device"] for engine in results["engines"]}
+
+
+def _of_another_device(devices: set[str], baseline: Mapping[str, Any]) -> UserError:
+    before, now = (", ".join(sorted(some)) or "no device" for some in (_devices(baseline), devices))
+    return UserError(
+        f"the baseline was measured on {before}, this comparison on {now}; make a baseline here, "
+        "or give `other_device`."
+    )
 
 
 def check_basis(
