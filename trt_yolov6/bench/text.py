@@ -73,7 +73,8 @@ def layer_report(engine: Engine, batch: int) -> str:
     times = engine.layer_times(random_input(engine, batch))
     whole = sum(times.values())
     ranked = sorted(times.items(), key=lambda item: item[1], reverse=True)
-    lines = [f"{engine.path.name}: {len(times)} layers, {four_digits(whole * 1e3)} ms one by one"]
+    how = "one by one" if engine.backend == "onnxruntime" else "one by one, without a CUDA graph"
+    lines = [f"{engine.path.name}: {len(times)} layers, {four_digits(whole * 1e3)} ms {how}"]
     lines += [
         f"  {seconds / whole:6.1%}  {four_digits(seconds * 1e6):>8} us  {name}"
         for name, seconds in ranked[:_TOP_LAYERS]
