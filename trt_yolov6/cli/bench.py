@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trt_yolov6.cli import options as common
 from trt_yolov6.cli.engines import load, load_options, newest_engine, predict_options
-from trt_yolov6.cli.output import say_next, write_result
+from trt_yolov6.cli.output import say_next, width, write_result
 
 
 def add(commands: common.Commands) -> None:
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         warm_up=min(1.0, options.duration),  # no longer than is measured
         progress=not options.quiet,
     )
-    print(format_report(results))
+    print(format_report(results, width()))
     if options.layers:
         options.cuda_graph = False  # which has no layers
         for engine in engines:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from trt_yolov6.cli import options as common
-from trt_yolov6.cli.output import say_next
+from trt_yolov6.cli.output import say_next, width
 
 DEFAULT_OUTPUT = Path("runs/compare")
 
@@ -130,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
         other_device=limits.other_device,
         progress=not options.quiet,
     )
-    print(format_results(results))
+    print(format_results(results, width()))
     print(f"{options.output / FILE}: written")
     if baseline is None:
         say_next(options, "as a page", "report", options.output)
