@@ -295,8 +295,8 @@ def _records(source: Source, key: str, what: str, text: str) -> dict[object, _Re
             name = str(name)
         is_id = isinstance(own, str) or (isinstance(own, int) and abs(own) < 2**63)
         if not is_id or not isinstance(name, str):
-            told = f"entry {place} of {key!r} lacks {text if is_id else 'id'!r} or has a wrong one"
-            raise malformed(source.file, told)
+            fault = f"entry {place} of {key!r} lacks {text if is_id else 'id'!r} or has a wrong one"
+            raise malformed(source.file, fault)
         if own in found:
             raise malformed(source.file, f"{what} id {own} occurs twice")
         found[own] = _Record(own if isinstance(own, int) else -1, name, fields)
@@ -317,16 +317,16 @@ def _images(
         name, path = record.text, find_image(record.text, source.folders)
         # `find_image` leaves out folders, where they are another machine's.
         if path is not None and path in names:
-            told = f"image {name} is listed twice, the second time with id {own}"
+            fault = f"image {name} is listed twice, the second time with id {own}"
             if names[path] != name:
-                told = f"{names[path]} and {name} are both found as {path}"
-            raise malformed(source.file, told)
+                fault = f"{names[path]} and {name} are both found as {path}"
+            raise malformed(source.file, fault)
         if path is not None:
             names[path] = name
         height, width = (whole(record.fields.get(key)) for key in ("height", "width"))
         if path is None:
-            told = f"image {name} is not in {source.folders[0]}"
-            problems.append(Problem(name, "missing-image", told))
+            fault = f"image {name} is not in {source.folders[0]}"
+            problems.append(Problem(name, "missing-image", fault))
         elif isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
             images[record.id] = CocoImage(record.id, path, height, width)
         else:
@@ -364,25 +364,25 @@ class _Judge:
         if is_crowd and not crowds:
             return
         if fields is entry:
-            kind, told = self._judged(fields, is_crowd=is_crowd)
+            kind, fault = self._judged(fields, is_crowd=is_crowd)
         else:
-            kind, told = "malformed", "is not a JSON object"
+            kind, fault = "malformed", "is not a JSON object"
         if kind is None:
             return
         record = self.records.get(identity(fields.get("image_id")))
         image = record.text if record else None
         label = whole(fields.get("id"))
-        called = f"annotation {label if isinstance(label, int) else f'number {place}'}"
-        called = fields.get("where") or (f"{called} of image {image}" if image else called)
+        subject = f"annotation {label if isinstance(label, int) else f'number {place}'}"
+        subject = fields.get("where") or (f"{subject} of image {image}" if image else subject)
         found = self.clipped if kind == "clipped" else self.problems
-        found.append(Problem(image, kind, f"{called} {told}"))
+        found.append(Problem(image, kind, f"{subject} {fault}"))
 
     def _judged(self, entry: Mapping[str, Any], *, is_crowd: bool) -> tuple[Kind | None, str]:
         """Keep an annotation if it is well-formed; return what is wrong with it, if anything."""
         record = self.records.get(identity(entry.get("image_id")))
         if record is None:
-            told = f"is for image {_short(entry.get('image_id'))}, which is not listed"
-            return "unknown-image", told
+            fault = f"is for image {_short(entry.get('image_id'))}, which is not listed"
+            return "unknown-image", fault
         written = entry.get("bbox")
         box: Any = [number(value) for value in written] if isinstance(written, list) else []
         if len(box) != 4 or not all(type(value) in (int, float) for value in box):
@@ -390,14 +390,14 @@ class _Judge:
             return "malformed", f"has {_short(written)} where {wanted} should be"
         category = self.categories.get(identity(entry.get("category_id")))
         if category is None:
-            told = f"is of category {_short(entry.get('category_id'))}, which is not listed"
-            return "unknown-class", f"{told}{entry.get('numbering', '')}"
-        told = f"has the box {_short(written)}"
+            fault = f"is of category {_short(entry.get('category_id'))}, which is not listed"
+            return "unknown-class", f"{fault}{entry.get('numbering', '')}"
+        fault = f"has the box {_short(written)}"
         x, y, width, height = map(_float, box)
         if not all(map(math.isfinite, (x, y, x + width, y + height, width * height))):
-            return "not-finite", f"{told}, which is not finite"
+            return "not-finite", f"{fault}, which is not finite"
         if min(width, height) < 0:
-            return "malformed", f"{told}, whose sides are negative"
+            return "malformed", f"{fault}, whose sides are negative"
         image = self.images.get(record.id)
         if image is None:  # a problem by itself
             return None, ""
@@ -419,17 +419,17 @@ class _Judge:
         key = (record.id, category.id, inside)
         kind: Kind | None = None
         if not width or not height:
-            kind, told = "empty-box", f"{told}, which has no area"
+            kind, fault = "empty-box", f"{fault}, which has no area"
         elif inside[2] <= inside[0] or inside[3] <= inside[1]:
-            kind, told = "outside", f"{told}, which lies outside {size}"
+            kind, fault = "outside", f"{fault}, which lies outside {size}"
         elif key in self.seen:
-            kind, told = "duplicate", f"repeats the box {_short(written)} of another one"
+            kind, fault = "duplicate", f"repeats the box {_short(written)} of another one"
         self.corners.append(inside if kind is None else None)
         if kind is None:
             self.seen.add(key)
             if max(-x, -y, right - image.width, bottom - image.height) > OVERHANG:
-                kind, told = "clipped", f"{told}, which reaches beyond {size}"
-        return kind, told
+                kind, fault = "clipped", f"{fault}, which reaches beyond {size}"
+        return kind, fault
 
 
 def _float(value: object) -> float:

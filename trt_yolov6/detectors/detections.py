@@ -303,11 +303,11 @@ def _from_outputs(
     read: ReadImage, nms: NmsSettings, letterboxes: Sequence[Letterbox], *, clip: bool
 ) -> _OfImage:
     def of_image(index: int) -> Detections:
-        said = read(index)
-        if isinstance(said, Found):
-            return _chosen(said, nms, letterboxes[index], clip=clip)
-        classes, anchors, kept = _candidates(said.scores, nms.confidence)
-        return _finish(said.corners(anchors), kept, classes, nms, letterboxes[index], clip=clip)
+        predictions, placed = read(index), letterboxes[index]
+        if isinstance(predictions, Found):
+            return _chosen(predictions, nms, placed, clip=clip)
+        classes, anchors, scores = _candidates(predictions.scores, nms.confidence)
+        return _finish(predictions.corners(anchors), scores, classes, nms, placed, clip=clip)
 
     return of_image
 

@@ -131,12 +131,12 @@ def _in_order(
     done: dict[int, Any] = {}
     noted: set[str] = set()
     open_ends = dict(zip(workers, gpus, strict=True))
-    told: set[Any] = set()
+    ended: set[Any] = set()
     number = following = 0
     while open_ends:
         parcels: dict[Any, list[list[Any]]] = {}
         for ours in list(asking):
-            if ours in told:
+            if ours in ended:
                 continue
             # The process that has the next results gets what it asks for: it may hand none out
             # before there are some batches after it.
@@ -150,8 +150,8 @@ def _in_order(
                 given[ours].append(number)
                 chunks[number] = chunk
                 number += 1
-            else:  # the end, told once
-                told.add(ours)
+            else:  # the end, said once
+                ended.add(ours)
         for ours, parcel in parcels.items():
             ours.send(parcel)
         ready: list[Any] = wait(list(open_ends))
