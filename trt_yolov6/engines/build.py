@@ -1,4 +1,4 @@
-"""Checkpoint or ONNX file → engine: plan and manifest, side by side."""
+"""Graph → engine: plan and manifest, side by side, and what is refused before the work."""
 
 from __future__ import annotations
 
