@@ -43,24 +43,20 @@ _ROUNDS = 20
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """Method of making execution contexts, where TensorRT offers a choice.
-
-    make_config: makes the argument of `create_execution_context` from an `ICudaEngine`; None: there
-        is not an argument.
-    make_config_for_recording: the same, of contexts whose runs others record; None: `make_config`.
-    record_graph: runs are recorded as CUDA graphs by this package; False: TensorRT-RTX does it, or
-        nobody.
-    launches_graphs: runs are launched as CUDA graphs, whoever records them.
-    compiles_batch_sizes: kernels are compiled for each batch size, which takes seconds.
-    after_first_run: called whenever a batch size has run for the first time, and at the end.
-    """
+    """Method of making execution contexts, where TensorRT offers a choice."""
 
     make_config: MakeConfig | None = None
+    """Makes the argument of `create_execution_context`; None: there is not one."""
     make_config_for_recording: MakeConfig | None = None
+    """The same for contexts whose runs others record; None: `make_config`."""
     record_graph: bool = False
+    """Runs are recorded as CUDA graphs by this package; False: by TensorRT-RTX or not at all."""
     launches_graphs: bool = False
+    """Runs are launched as CUDA graphs, whoever records them."""
     compiles_batch_sizes: bool = False
+    """Kernels are compiled for each batch size, which takes seconds."""
     after_first_run: Callable[[], None] = lambda: None
+    """Called whenever a batch size has run for the first time, and at the end."""
 
 
 class TensorRTEngine(Engine):
