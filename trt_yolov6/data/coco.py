@@ -42,7 +42,7 @@ OVERHANG = 0.01
 Corners = tuple[float, float, float, float]
 
 Objects = tuple[NDArray[np.float64], NDArray[np.int64]]
-"""Corners (n, 4) of boxes in pixels, and their classes' places in `category_ids`."""
+"""Corners (n, 4) of boxes in pixels, and their classes' indices in `category_ids`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class CocoDataset:
     annotation_file: Path
     images: tuple[CocoImage, ...]
     category_ids: tuple[int, ...]
-    """The file's category ids, ascending; a class index is a place in this list."""
+    """The file's category ids, ascending, by class index."""
     class_names: tuple[str, ...]
     annotations: tuple[Mapping[str, Any], ...] = field(repr=False)
     """Boxes as pycocotools wants them: id (from 1), image_id, category_id, bbox, area, iscrowd."""
@@ -87,16 +87,16 @@ class CocoDataset:
 
     def grouped(self, corners: Iterable[Corners | None]) -> dict[int, Objects]:
         """Return objects by image, from each annotation's corners; None leaves it out."""
-        place_of = {number: place for place, number in enumerate(self.category_ids)}
+        index_of = {number: index for index, number in enumerate(self.category_ids)}
         found: dict[int, list[tuple[Corners, int]]] = {image.id: [] for image in self.images}
         for item, box in zip(self.annotations, corners, strict=True):
-            place = place_of.get(item["category_id"])
-            if box is not None and place is not None and item["image_id"] in found:
-                found[item["image_id"]].append((box, place))
+            index = index_of.get(item["category_id"])
+            if box is not None and index is not None and item["image_id"] in found:
+                found[item["image_id"]].append((box, index))
         return {
             number: (
                 np.array([box for box, _ in items], np.float64).reshape(-1, 4),
-                np.array([place for _, place in items], np.int64),
+                np.array([index for _, index in items], np.int64),
             )
             for number, items in found.items()
         }
@@ -195,8 +195,8 @@ def read_annotations(
         raise malformed(source.file, "it has no list 'annotations'")
     images, problems = _images(source, records)
     judge = _Judge(records, categories, images, problems)
-    for place, entry in enumerate(entries, start=1):
-        judge.take(place, entry, crowds=crowds)
+    for position, entry in enumerate(entries, start=1):
+        judge.take(position, entry, crowds=crowds)
     sizes = [images[entry["image_id"]] for entry in judge.annotations]
     check_units(
         source.file,
@@ -276,7 +276,7 @@ class _Record(NamedTuple):
     """An image or a category of the file."""
 
     id: int
-    """Id in the file, or the place from 1 on where ids are not integers."""
+    """Id in the file, or the position from 1 on where ids are not integers."""
     text: str
     """File name, or name of the class."""
     fields: Mapping[str, Any]
@@ -288,14 +288,14 @@ def _records(source: Source, key: str, what: str, text: str) -> dict[object, _Re
     if not isinstance(records, list) or not records:
         raise malformed(source.file, f"it has no {key}")
     found: dict[object, _Record] = {}
-    for place, record in enumerate(records):
+    for index, record in enumerate(records):
         fields = record if isinstance(record, dict) else {}
         own, name = identity(fields.get("id")), fields.get(text)
         if text == "name" and isinstance(name, (int, float)):
             name = str(name)
         is_id = isinstance(own, str) or (isinstance(own, int) and abs(own) < 2**63)
         if not is_id or not isinstance(name, str):
-            fault = f"entry {place} of {key!r} lacks {text if is_id else 'id'!r} or has a wrong one"
+            fault = f"entry {index} of {key!r} lacks {text if is_id else 'id'!r} or has a wrong one"
             raise malformed(source.file, fault)
         if own in found:
             raise malformed(source.file, f"{what} id {own} occurs twice")
@@ -303,7 +303,8 @@ def _records(source: Source, key: str, what: str, text: str) -> dict[object, _Re
     if all(isinstance(own, int) for own in found):
         return found
     return {
-        own: record._replace(id=place) for place, (own, record) in enumerate(found.items(), start=1)
+        own: record._replace(id=number)
+        for number, (own, record) in enumerate(found.items(), start=1)
     }
 
 
@@ -356,8 +357,8 @@ class _Judge:
     crowds: int = 0
     seen: set[tuple[object, ...]] = field(default_factory=set)
 
-    def take(self, place: int, entry: Any, *, crowds: bool) -> None:
-        """Judge an annotation, the `place`th of the file."""
+    def take(self, position: int, entry: Any, *, crowds: bool) -> None:
+        """Judge an annotation, the `position`th of the file."""
         fields = entry if isinstance(entry, dict) else {}
         is_crowd = bool(flag(fields.get("iscrowd")))
         self.crowds += is_crowd
@@ -372,7 +373,7 @@ class _Judge:
         record = self.records.get(identity(fields.get("image_id")))
         image = record.text if record else None
         label = whole(fields.get("id"))
-        subject = f"annotation {label if isinstance(label, int) else f'number {place}'}"
+        subject = f"annotation {label if isinstance(label, int) else f'number {position}'}"
         subject = fields.get("where") or (f"{subject} of image {image}" if image else subject)
         found = self.clipped if kind == "clipped" else self.problems
         found.append(Problem(image, kind, f"{subject} {fault}"))

@@ -42,7 +42,7 @@ class Found:
 
 
 ReadImage = Callable[[int], "Anchors | Found"]
-"""Reads an image by its place in the batch."""
+"""Reads an image by its index in the batch."""
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,8 @@ def _in_order(
             if kind == "give":
                 asking += [ours] * value
             elif kind == "done":
-                place = given[ours].pop(0)
-                done[place] = _unpacked(value, chunks.pop(place))
+                index = given[ours].pop(0)
+                done[index] = _unpacked(value, chunks.pop(index))
             elif kind == "failed":
                 raise value
             else:
