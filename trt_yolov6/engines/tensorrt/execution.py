@@ -195,7 +195,7 @@ class ExecutionSlot:
 
         return enqueue
 
-    # --- for runs that others record, see `pictures` ----------------------------------------------
+    # --- for runs that others record, see `image_slots` -------------------------------------------
 
     @property
     def input_memory(self) -> DeviceMemory:
