@@ -71,6 +71,11 @@ class CocoDataset:
     notes: tuple[str, ...] = ()
     """Notes for the reader of an AP on it."""
 
+    @property
+    def class_indices(self) -> dict[int, int]:
+        """Class index by category id."""
+        return {number: index for index, number in enumerate(self.category_ids)}
+
     def used(self) -> list[bool]:
         """Return, of each class, whether any object is of it."""
         found = {item["category_id"] for item in self.annotations}
@@ -87,7 +92,7 @@ class CocoDataset:
 
     def grouped(self, corners: Iterable[Corners | None]) -> dict[int, Objects]:
         """Return objects by image, from each annotation's corners; None leaves it out."""
-        index_of = {number: index for index, number in enumerate(self.category_ids)}
+        index_of = self.class_indices
         found: dict[int, list[tuple[Corners, int]]] = {image.id: [] for image in self.images}
         for item, box in zip(self.annotations, corners, strict=True):
             index = index_of.get(item["category_id"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 
-from trt_yolov6.backends import BACKENDS
+from trt_yolov6.backends import BACKENDS, ENGINES
 from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.common.files import (
     check_folder,
@@ -32,9 +32,6 @@ from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.quantization.types import QuantizedName
 from trt_yolov6.spec import BatchProfile
-
-ENGINES = Path("engines")
-"""Default folder of engines."""
 
 
 @dataclass(frozen=True)

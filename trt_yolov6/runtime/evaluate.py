@@ -398,7 +398,7 @@ def _listed(nms: NmsSettings) -> str:
 
 def _in_classes_of(dataset: CocoDataset, truth: _Truth, found: Detections) -> Detections:
     """Return detections with the data set's class ids, without classes that it lacks."""
-    index_of = {number: index for index, number in enumerate(dataset.category_ids)}
+    index_of = dataset.class_indices
     indices = np.array([-1 if n is None else index_of[n] for n in truth.categories], np.int64)
     classes = indices[found.class_id]
     kept = classes >= 0

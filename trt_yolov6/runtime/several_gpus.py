@@ -97,8 +97,9 @@ def process_on_gpus(
     """
     context = multiprocessing.get_context("spawn")
     workers: dict[Any, Any] = {}
-    batch = choose_batch(engine, (options or PredictOptions()).batch)
-    options = dataclasses.replace(options or PredictOptions(), batch=batch)
+    options = options or PredictOptions()
+    batch = choose_batch(engine, options.batch)
+    options = dataclasses.replace(options, batch=batch)
     arguments = (loader_of(engine), read, finish, options, others)
     try:
         for gpu in gpus:
