@@ -525,10 +525,10 @@ def _for_tensorrt(graph: Graph) -> Graph:
         return graph
     from trt_yolov6.quantization.qdq.symmetric import with_symmetric_int8
 
-    model, said = with_symmetric_int8(graph.model, graph.source)
-    if said is None:
+    model, note = with_symmetric_int8(graph.model, graph.source)
+    if note is None:
         return graph
-    return dataclasses.replace(graph, model=model, notes=(*graph.notes, said))
+    return dataclasses.replace(graph, model=model, notes=(*graph.notes, note))
 
 
 def _calibrated_by_tensorrt(

@@ -158,20 +158,20 @@ def check_writable(path: str | Path) -> Path:
     return path
 
 
-def check_folder(folder: Path, said: Path | None = None) -> None:
+def check_folder(folder: Path, shown: Path | None = None) -> None:
     """Check that files can be written into a folder that is there or can be made.
 
     Raises:
-        UserError: they cannot; it names `said`, or else the folder with its whole path.
+        UserError: they cannot; it names `shown`, or else the folder with its whole path.
     """
     folder = folder.absolute()
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir():
         raise UserError(
-            f"{said or folder} cannot be written ({there} is a file); choose another path."
+            f"{shown or folder} cannot be written ({there} is a file); choose another path."
         )
     if not os.access(there, os.W_OK):
-        raise _denied(said or folder)
+        raise _denied(shown or folder)
 
 
 def _denied(path: Path) -> UserError:

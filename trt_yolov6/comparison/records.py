@@ -164,7 +164,7 @@ def _examples(
     accuracies: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     records = []
-    classes = {number: index for index, number in enumerate(dataset.category_ids)}
+    classes = dataset.class_indices
     for index, image in enumerate(evenly(dataset.images, work.plan.examples)):
         picture = Path("examples") / f"{index}.jpg"
         content = _small_jpeg(image)

@@ -1,7 +1,4 @@
-"""Inference engines: one file per backend with one small interface (base.py), and the manifest.
-
-`load_engine` and `backend` are all that other parts of the package need.
-"""
+"""Inference engines: one package per backend with one interface (`base`), and the manifest."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def _float_layers_tried(row: tables.Row) -> list[Chart]:
     ordered = sorted(tried, key=lambda one: (one["slowdown"], -one["agreement"]))
     best = -math.inf
     points = []
-    for number_, one in enumerate(ordered):
+    for number, one in enumerate(ordered):
         on_front = one["agreement"] > best
         best = max(best, one["agreement"])
         count = len(one["float_layers"])
@@ -185,7 +185,7 @@ def _float_layers_tried(row: tables.Row) -> list[Chart]:
             Point(
                 label if on_front or is_built else "",
                 "fp16" if is_built else "int8" if on_front else "other",
-                "front" if on_front else f"set {number_}",
+                "front" if on_front else f"set {number}",
                 Interval(x, x, x),
                 100 * one["agreement"],
                 f"{label}: agreement {100 * one['agreement']:.1f} %, {x:.1f} % slower",
@@ -273,7 +273,7 @@ def _examples(material: Material) -> dict[str, Any]:
     """Return the same images with what each engine finds in them, side by side."""
     found, missing = [], 0
     classes: set[tuple[int, str]] = set()
-    for number_, comparison in enumerate(material.comparisons):
+    for number, comparison in enumerate(material.comparisons):
         names = comparison.value["data"].get("class_names", [])
         for index, example in enumerate(comparison.value["examples"]):
             panels = [
@@ -289,7 +289,7 @@ def _examples(material: Material) -> dict[str, Any]:
                 missing += 1
                 continue
             size = {"width": int(example["width"]), "height": int(example["height"])}
-            name = f"picture-{number_}-{index}"
+            name = f"picture-{number}-{index}"
             one = {"file": example["file"], "name": name, "jpeg": picture, "panels": panels}
             found.append({**one, **size})
     shown = [(_colour(label), name) for label, name in sorted(classes)[:20]]
