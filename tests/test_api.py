@@ -350,6 +350,24 @@ def test_what_is_quantized_is_written_where_it_is_asked_for(folder: Path, tmp_pa
     assert trt_yolov6.export(written).precision == graph.precision == "int8"
 
 
+def test_a_path_longer_than_any_is_named(tmp_path: Path) -> None:
+    detector = Detector(load_named(tmp_path))
+    name = 300 * "a"
+    for call in (
+        detector.predict,
+        trt_yolov6.load,
+        trt_yolov6.export,
+        trt_yolov6.inspect,
+        lambda path: trt_yolov6.train(tmp_path, weights=path),
+        lambda path: trt_yolov6.evaluate(detector, path),
+        lambda path: trt_yolov6.compare([f"{path}.onnx"], tmp_path / "run", data="samples"),
+        lambda path: trt_yolov6.compare("plan.onnx", baseline=path),
+        lambda path: trt_yolov6.build("none.onnx", output=f"{path}.onnx"),
+    ):
+        with pytest.raises(UserError, match=name):
+            call(name)
+
+
 def test_a_graph_knows_its_source_as_it_was(folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "net.onnx"
     shutil.copy(folder / "yolov6n.onnx", source)

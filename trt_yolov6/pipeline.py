@@ -470,7 +470,7 @@ def _is_checkpoint(source: str | Path | Checkpoint) -> bool:
     if not isinstance(source, (str, Path)):
         return True
     path = Path(source)
-    if is_named_as_checkpoint(path) or path.suffix.lower() == ".onnx" or not path.is_file():
+    if is_named_as_checkpoint(path) or path.suffix.lower() == ".onnx" or not os.path.isfile(path):
         return is_named_as_checkpoint(path)
     with path.open("rb") as file:
         return file.read(2) in (b"PK", b"\x80\x02")  # an archive, or an early version's pickle

@@ -147,7 +147,11 @@ def check_writable(path: str | Path) -> Path:
     """
     path = Path(path)
     # `/dev/stdout` leads to a pipe's name, which no path is.
-    path = path.resolve() if path.is_symlink() and (path.is_file() or not path.exists()) else path
+    try:
+        if path.is_symlink() and (path.is_file() or not path.exists()):
+            path = path.resolve()
+    except OSError as error:  # the name is longer than the system allows
+        raise unwritable(path, error) from error
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file in it.")
     if not path.exists() or path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -329,7 +330,7 @@ def origins(built: Sequence[BuiltCase]) -> list[str]:
 
 def _source(work: Work, entry: ModelEntry) -> SourceFile:
     path = entry.path
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path} does not exist; check the path.")
     if is_named_as_checkpoint(path) and (entry.names or entry.decoder or entry.preprocess):
         raise UserError(

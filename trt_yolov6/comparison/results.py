@@ -36,6 +36,7 @@ in pixels, hashes SHA-256 in hexadecimal, dates ISO 8601; an interval is [low, h
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -242,7 +243,7 @@ def read_results(path: str | Path) -> Results:
         UserError: there is none, or it is damaged or of another schema.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / FILE
     value = read_json(path)
     if not isinstance(value, dict) or value.get("kind") != KIND:

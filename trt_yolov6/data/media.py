@@ -118,12 +118,12 @@ def find_media(source: str | Path) -> Pictures | Video:
     if is_address(text):
         return _from_address(text)
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(path):
         pictures = tuple(
             Picture(one.relative_to(path).as_posix(), str(one), one) for one in list_images(path)
         )
         return Pictures(pictures, is_single=False)
-    if path.is_file():
+    if os.path.isfile(path):
         return _from_file(path)
     if text.isascii() and text.isdigit():
         return Video(text, f"camera{text}", is_live=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -78,7 +79,7 @@ def find_engine(path: str | Path) -> Path:
         UserError: there is neither the file nor such a build.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         builds = [
             other
             for other in path.parent.glob(f"[!.]*{path.suffix}")
@@ -144,14 +145,14 @@ def load_engine(
 
 
 def _check_exists(path: Path) -> None:
-    if path.is_file():
+    if os.path.isfile(path):
         return
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder, not an engine; name the file inside it.")
     others = [
         other
         for suffix in (".onnx", ".trt")
-        if suffix != path.suffix and (other := path.with_suffix(suffix)).is_file()
+        if suffix != path.suffix and os.path.isfile(other := path.with_suffix(suffix))
     ]
     if others:
         raise UserError(
