@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trt_yolov6.errors import UserError
+
+_Made = TypeVar("_Made")
 
 _PART = 2**20
 """Bytes read at a time where the size is not known before."""
@@ -34,7 +36,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     prefix = f".{path.stem[:40]}."
     try:
         with made_folder(path.parent):
-            handle, name = tempfile.mkstemp(path.suffix, prefix, None if in_place else path.parent)
+            place = None if in_place else path.parent
+            handle, name = _made_in(
+                path.parent, lambda: tempfile.mkstemp(path.suffix, prefix, place)
+            )
             os.close(handle)
             temporary = Path(name)
             try:
@@ -58,12 +63,26 @@ def made_folder(folder: Path) -> Iterator[None]:
     """Make a folder and its parents for a block; at its end the new ones go that are empty."""
     new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _made_in(folder, lambda: None)
         yield
     finally:
         with contextlib.suppress(OSError):  # there are files in it
             for one in new:
                 one.rmdir()
+
+
+def _made_in(folder: Path, make: Callable[[], _Made], tries: int = 20) -> _Made:
+    """Return what `make` makes in a folder, which is made where it is missing.
+
+    Until there is a file in it, a process that made it and then failed may remove it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return make()
+    except (FileNotFoundError, FileExistsError):  # the last if it goes while it is looked at
+        if not tries:
+            raise
+        return _made_in(folder, make, tries - 1)
 
 
 @contextlib.contextmanager
@@ -99,7 +118,7 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(made_folder(file.parent))
-            handle = os.open(file, os.O_CREAT | os.O_WRONLY)
+            handle = _made_in(file.parent, lambda: os.open(file, os.O_CREAT | os.O_WRONLY))
         except OSError as error:
             raise unwritable(Path(folder), error) from error
         stack.callback(os.close, handle)
@@ -170,11 +189,12 @@ def check_folder(folder: Path, shown: Path | None = None) -> None:
     """
     folder = folder.absolute()
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir():
+    if there.is_file():
         raise UserError(
             f"{shown or folder} cannot be written ({there} is a file); choose another path."
         )
-    if not os.access(there, os.W_OK):
+    # It may have gone since: the new folder of a process that failed.
+    if not os.access(there, os.W_OK) and there.exists():
         raise _denied(shown or folder)
 
 
