@@ -72,7 +72,7 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 
 def _made_in(folder: Path, make: Callable[[], _Made], tries: int = 20) -> _Made:
-    """Return what `make` makes in a folder, which is made where it is missing.
+    """Make a folder where it is missing, and return the result of `make`, which needs it.
 
     Until there is a file in it, a process that made it and then failed may remove it.
     """
