@@ -350,6 +350,40 @@ def test_what_is_quantized_is_written_where_it_is_asked_for(folder: Path, tmp_pa
     assert trt_yolov6.export(written).precision == graph.precision == "int8"
 
 
+def test_options_given_as_a_dictionary_are_named_with_their_class(
+    folder: Path, tmp_path: Path
+) -> None:
+    options: Any = {"confidence": 0.3}
+    with Detector(load_named(tmp_path)) as detector:
+        path = detector.engine.path
+        calls = {
+            "`options` is a dict; give a PredictOptions, such as PredictOptions(confidence=...).": (
+                lambda: detector.predict("images", options),
+                lambda: detector.annotate(folder / "images", tmp_path / "out", options),
+                lambda: trt_yolov6.evaluate(detector, folder / "cells", options=options),
+            ),
+            "`predict` is a dict": (
+                lambda: trt_yolov6.benchmark(detector, images=folder / "images", predict=options),
+            ),
+            "`options` is a dict; give a LoadOptions": (lambda: trt_yolov6.load(path, options),),
+            "`quantization` is a dict; give a Quant": (
+                lambda: trt_yolov6.build(
+                    path, precision="int8", calibration="calib", quantization=options
+                ),
+            ),
+            "`settings` is a dict; give a Quant": (
+                lambda: trt_yolov6.quantize(path, "calib", settings=options),
+            ),
+            "`settings` is a dict; give a BuildSettings": (
+                lambda: trt_yolov6.build(path, settings=options),
+            ),
+        }
+        for said, some in calls.items():
+            for call in some:
+                with pytest.raises(UserError, match=re.escape(said)):
+                    call()
+
+
 def test_a_path_longer_than_any_is_named(tmp_path: Path) -> None:
     detector = Detector(load_named(tmp_path))
     name = 300 * "a"

@@ -16,6 +16,7 @@ from trt_yolov6.backends import BACKENDS
 from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.common.files import check_writable
 from trt_yolov6.common.progress import a_line_a_minute
+from trt_yolov6.common.ranges import of_class
 from trt_yolov6.data.sources import check_source
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.build import (
@@ -182,7 +183,7 @@ def quantize(
     if not wanted.quantizes:
         raise UserError(f"quantize makes int8 or fp8, not {wanted}; give that to `export`.")
     _given(calibration, wanted)
-    settings = quantization_settings(wanted, settings)
+    settings = quantization_settings(wanted, settings, "settings")
     check_settings(settings)
     _check_labelled(wanted, options)
     data, table = options.get("data"), options.get("table")
@@ -251,7 +252,7 @@ def build(
     _check_paths(source, calibration)
     _check_options("build", options, BuildOptions)
     wanted = None if precision is None else Precision.parse(precision)
-    settings = settings or BuildSettings()
+    settings = of_class(settings, BuildSettings, "settings")
     known = (BatchProfile(), source.batch if isinstance(source, Graph) else None)
     if options.get("batch") is None and settings.batch not in known:
         options = {**options, "batch": settings.batch}
@@ -327,14 +328,17 @@ def _quantized_for(
 
 
 def quantization_settings(
-    precision: Precision, settings: QuantizationSettings | None
+    precision: Precision, settings: QuantizationSettings | None, name: str = "quantization"
 ) -> QuantizationSettings:
-    """Return settings whose type, rest and float layers are those of a precision."""
+    """Return settings whose type, rest and float layers are those of a precision.
+
+    `name` is that of the parameter that they were given as.
+    """
     from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.quantization.types import FP8, INT8
 
     return dataclasses.replace(
-        settings or QuantizationSettings(),
+        of_class(settings, QuantizationSettings, name),
         quantized=FP8 if precision.base == "fp8" else INT8,
         fp16=precision.rest == "fp16",
         float_layers=precision.float_layers or (),

@@ -72,7 +72,7 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 
 def _made_in(folder: Path, make: Callable[[], _Made], tries: int = 20) -> _Made:
-    """Make a folder where it is missing, and return the result of `make`, which needs it.
+    """Make a file in a folder, and the folder where it is missing; return the result of `make`.
 
     Until there is a file in it, a process that made it and then failed may remove it.
     """

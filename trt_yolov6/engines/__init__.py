@@ -9,6 +9,7 @@ from typing import Protocol
 
 from trt_yolov6.backends import BACKENDS, PLAN_SUFFIXES
 from trt_yolov6.checkpoints import is_named_as_checkpoint
+from trt_yolov6.common.ranges import of_class
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
@@ -138,7 +139,7 @@ def load_engine(
         raise UserError(
             f"{path} was built for {manifest.backend}, not {backend_name}; leave `backend` out.",
         )
-    options = options or LoadOptions()
+    options = of_class(options, LoadOptions, "options")
     engine = backend(backend_name).load(path, manifest, options)
     engine.load_options = options
     return engine

@@ -21,6 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from trt_yolov6.common.progress import progress_bar
+from trt_yolov6.common.ranges import of_class
 from trt_yolov6.data.class_matching import match_classes
 from trt_yolov6.data.coco import CocoDataset, CocoImage, open_coco_image, read_coco_image
 from trt_yolov6.data.loader import Batch
@@ -161,7 +162,7 @@ def evaluate(
             the engine cannot do what is asked.
     """
     tally = _Tally(engine.facts, dataset, confusion=confusion)
-    options = dataclasses.replace(options or PredictOptions(), clip=False)
+    options = dataclasses.replace(of_class(options, PredictOptions, "options"), clip=False)
     matcher = _Matcher(tally.truth, hands_on=confusion or seen is not None)
     run: Callable[..., Iterator[Processed[CocoImage, _Matched]]] = process
     if options.gpus > 1:
