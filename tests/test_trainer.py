@@ -352,7 +352,7 @@ def test_mistakes_cost_one_line(
     assert "multiple of 32" in complaint(capsys, *base, "--imgsz", "100")
     assert "larger --batch" in complaint(capsys, *base, "--imgsz", "32", "--batch", "1")
     assert "--lr must be above 0" in complaint(capsys, *base, "--lr", "-1")
-    assert "not of the form" in complaint(capsys, *base, "--set", "epochs")
+    assert "not of the form" in complaint(capsys, *base, "--set", "ema_decay")
     assert "there is no speed" in complaint(capsys, *base, "--set", "optimizer.speed=1")
     assert "momentum must be a number" in complaint(
         capsys, *base, "--set", "optimizer.momentum=high"
@@ -376,6 +376,32 @@ def test_mistakes_cost_one_line(
     said = complaint(capsys, *base, "--model", "n", "--set", "losses.use_dfl=true")
     assert "give `losses.use_dfl` false, or train from random weights with --dfl" in said
     assert not (tmp_path / "run" / "settings.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        # The recipe follows these: the teacher's decay and the plain epochs, losses, learning rate.
+        ("--set epochs=2", "give epochs as --epochs"),
+        ("--set teacher=tiny.pt", "give teacher as --distill"),
+        ("--set variant=yolov6t", "give variant as --model"),
+        ("--set architecture.dfl=true", "give dfl as --dfl"),
+        ("--lr 0.1 --set optimizer.learning_rate=0.2", "give learning_rate as --lr"),
+        # Their names are those of options for something else.
+        ("--set augmentation.border=320", "border of 320"),
+        ("--set distillation.epochs=5", "distillation is none"),
+        ("--mosaic 0 --mixup 0.5", "give --mosaic above 0"),
+        ("--epochs 3 --assigner simota", "--assigner simota would begin after 4 epochs"),
+        ("--set losses.dfl_weight=7", "no effect without --dfl"),
+        ("--set losses.objectness_weight=2", "no effect without --objectness"),
+        ("--set losses.poly_epsilon=2", "no effect without --cls-loss poly"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, says: str
+) -> None:
+    base = ("--data", str(data), "--output", str(tmp_path), "--model", "n", "--imgsz", "64")
+    assert says in complaint(capsys, *base, *given.split())
 
 
 def test_a_validation_split_without_an_object_is_refused(tiny: Path, tmp_path: Path) -> None:
