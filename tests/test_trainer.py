@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from trt_yolov6.common.files import sole_writer
 from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.errors import UserError
 from trt_yolov6.models import Architecture, YOLOv6, architecture
+from trt_yolov6.training import optimizer
 from trt_yolov6.training.initialization import starting_model
 from trt_yolov6.training.log import scalars
 from trt_yolov6.training.recipe import (
@@ -33,6 +35,7 @@ from trt_yolov6.training.recipe import (
     recipe_for,
     settings_from_json,
 )
+from trt_yolov6.training.schedule import Plan
 from trt_yolov6.training.state import STATE_FILE
 from trt_yolov6.training.trainer import stored_settings, train
 
@@ -338,6 +341,30 @@ def test_a_training_that_diverges_says_so(data: Path, tiny: Path, tmp_path: Path
     wild = dataclasses.replace(settings.optimizer, learning_rate=1e6)
     with pytest.raises(UserError, match="diverged"):
         train(dataclasses.replace(settings, optimizer=wild), tmp_path, progress=False)
+
+
+def test_a_training_whose_last_update_diverges_says_so_and_keeps_the_last_checkpoint(
+    data: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All of its losses are finite: none is computed after the last step.
+    settings = tiny_settings(data, tiny, epochs=2, batch=8, val_split="val", eval_interval=1)
+
+    def rates(plan: Plan, step: int, **_: float) -> float:
+        return 1e-3 if step + 1 < plan.total_steps else math.inf
+
+    monkeypatch.setattr(optimizer, "learning_rate", rates)
+    with pytest.raises(UserError, match="not finite numbers after epoch 2: training diverged"):
+        train(settings, tmp_path, progress=False)
+    training = load_checkpoint(tmp_path / "last.pt").training
+    assert training is not None
+    assert training.epoch == 1
+
+
+def test_one_step_trains_all_weights(data: Path, tiny: Path, tmp_path: Path) -> None:
+    train(tiny_settings(data, tiny, epochs=1, batch=32), tmp_path, progress=False)
+    after = weights_of(tmp_path)
+    before = dict(load_checkpoint(tiny).model.named_parameters())
+    assert not [name for name, weight in before.items() if torch.equal(weight, after[name])]
 
 
 # The command line: one sentence and exit code 2.
