@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from support.tiny_detector import CELL, load_named
-from support.training_data import tiny_architecture
+from support.training_data import tiny_architecture, without_objects, write_shapes
 
 import trt_yolov6
 from trt_yolov6 import Detector, Precision, UserError, read_image
@@ -307,7 +307,7 @@ def test_arguments_of_other_types_are_refused_in_a_sentence(
         trt_yolov6.build(**(call | arguments))
 
 
-def test_each_verb_refuses_what_is_another_s(folder: Path) -> None:
+def test_each_verb_refuses_what_is_another_s(folder: Path, tmp_path: Path) -> None:
     graph = folder / "yolov6n.onnx"
     with pytest.raises(UserError, match="export writes fp32 or fp16, not int8"):
         trt_yolov6.export(graph, precision="int8")
@@ -319,6 +319,13 @@ def test_each_verb_refuses_what_is_another_s(folder: Path) -> None:
         trt_yolov6.build(graph, precision="fp16", data=folder / "cells")
     with pytest.raises(UserError, match="`split` is part of a data set; name that as `data`"):
         trt_yolov6.quantize(graph, folder / "calib", precision="int8:auto", split="val")
+    unlabelled = without_objects(write_shapes(tmp_path / "data"), "val")
+    with pytest.raises(
+        UserError, match="no object to evaluate on; give annotations, or leave `data` out"
+    ):
+        trt_yolov6.quantize(
+            graph, folder / "calib", precision="int8:auto", data=unlabelled, split="val"
+        )
     with pytest.raises(UserError, match="`predict` is for timing with `images`"):
         trt_yolov6.benchmark([graph], predict=PredictOptions())
     with pytest.raises(UserError, match="no detector to time; name one as `detectors`"):

@@ -17,7 +17,14 @@ from support.authors_format import FACTS, Facts
 from support.kills import Kill, run_killed
 from support.logs import logged
 from support.runs import TRAINING, assert_same_bits, complaint, weights_of
-from support.training_data import CLASS_NAMES, read_log, tiny_architecture, write_shapes, write_tiny
+from support.training_data import (
+    CLASS_NAMES,
+    read_log,
+    tiny_architecture,
+    without_objects,
+    write_shapes,
+    write_tiny,
+)
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
@@ -432,9 +439,7 @@ def test_options_without_effect_are_refused(
 
 
 def test_a_validation_split_without_an_object_is_refused(tiny: Path, tmp_path: Path) -> None:
-    data = write_shapes(tmp_path / "data")
-    file = data / "annotations" / "instances_val.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    data = without_objects(write_shapes(tmp_path / "data"), "val")
     with pytest.raises(UserError, match=r"instances_val\.json has no object to evaluate on"):
         train(tiny_settings(data, tiny, val_split="val"), tmp_path / "run", progress=False)
 

@@ -345,10 +345,12 @@ def labelled_score(graph: Graph, data: str | Path | None, split: str | None) -> 
     """Return the function that measures a graph's AP on a data set; None without one."""
     if data is None:
         return None
-    from trt_yolov6.data.coco import load_coco
+    from trt_yolov6.data.coco import check_objects, load_coco
     from trt_yolov6.runtime.sensitivity_report import LabelledAp
 
-    return LabelledAp(graph, load_coco(data, split))
+    dataset = load_coco(data, split)
+    check_objects(dataset, "give annotations, or leave `data` out")
+    return LabelledAp(graph, dataset)
 
 
 def _float_graph(
