@@ -126,7 +126,7 @@ def detection_task(
         keeps_gradients=is_graphed,
     )
     seen = validation if processes.is_first else None
-    notes = (*data_notes(data, folder / DATA_REPORT_FILE, seen), *start.notes)
+    notes = (*start.notes, *data_notes(data, folder / DATA_REPORT_FILE, seen))
     return DetectionTask(
         task, settings, average, validation, autocast is not None and on_gpu, notes
     )
