@@ -608,11 +608,11 @@ def _variant(network: str) -> str:
 def tensorrt8_speed() -> str:
     """INT8 against FP16 on TensorRT 8, networks with random weights, a line a network and batch."""
     rows = tensorrt8_rows("ms")
-    floats = _fp16_ms(rows)
     lines = []
     for row in rows:
         if (row["precision"], row["how"]) == ("int8", "ptq"):
-            fp16 = floats.get((row["network"], row["batch"]))
+            alike = [r for r in rows if r["date"] == row["date"]]
+            fp16 = _fp16_ms(alike).get((row["network"], row["batch"]))
             lines.append(
                 [
                     _variant(row["network"]),
