@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from support.logs import logged
 from support.tiny_detector import CELL, load_named
 from support.training_data import tiny_architecture, without_objects, write_shapes
 
@@ -27,6 +28,7 @@ from trt_yolov6 import Detector, Precision, UserError, read_image
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.cli import main as cli_main
 from trt_yolov6.models import YOLOv6
+from trt_yolov6.quantization.types import FP8
 from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 EXAMPLES = [
@@ -355,6 +357,37 @@ def test_what_is_quantized_is_written_where_it_is_asked_for(folder: Path, tmp_pa
         folder / "yolov6n.onnx", folder / "calib", settings=quick, output=written
     )
     assert trt_yolov6.export(written).precision == graph.precision == "int8"
+
+
+@pytest.mark.parametrize("change", [{"float_layers": 2}, {"quantized": FP8}, {"fp16": True}])
+def test_settings_that_precision_contradicts_are_refused(
+    folder: Path, change: dict[str, Any]
+) -> None:
+    settings = trt_yolov6.QuantizationSettings(**change)
+    (name,) = change
+    with pytest.raises(UserError, match=f"`precision` int8 what `{name}` is; give it in"):
+        trt_yolov6.quantize(folder / "yolov6n.onnx", folder / "calib", settings=settings)
+    with pytest.raises(UserError, match=f"`precision` int8 what `{name}` is; give it in"):
+        trt_yolov6.build(
+            folder / "yolov6n.onnx",
+            precision="int8",
+            calibration=folder / "calib",
+            quantization=settings,
+        )
+
+
+def test_only_the_calibration_images_that_are_taken_are_read(folder: Path, tmp_path: Path) -> None:
+    images = sorted((folder / "cells" / "images" / "val").iterdir())[:4]
+    for number, image in enumerate(images):
+        copy = Path(shutil.copy(image, tmp_path / f"{number}.jpg"))
+        if number % 2 == 0:  # those that a limit of two takes
+            copy.write_bytes(b"no image")
+    limited = trt_yolov6.QuantizationSettings(image_limit=2)
+    with logged() as said, pytest.raises(UserError, match="can be read"):
+        trt_yolov6.build(
+            folder / "yolov6n.pt", precision="int8", calibration=tmp_path, quantization=limited
+        )
+    assert said == []  # nothing was exported before
 
 
 def test_a_graph_knows_its_source_as_it_was(folder: Path, tmp_path: Path) -> None:

@@ -156,8 +156,7 @@ def quantize(
         calibration: folder of images like those the detector will see, a few dozen.
         precision: `int8` or `fp8`, with `+fp16` for the rest and `:6` or `:auto` for layers that
             stay in float, such as `int8+fp16:auto`.
-        settings: how it is calibrated; its type, rest and float layers are replaced by
-            `precision`.
+        settings: how it is calibrated; its type, rest and float layers are those of `precision`.
         output: ONNX file to write, with a manifest next to it; None writes nothing.
         options: see `QuantizeOptions` and `GraphOptions`.
 
@@ -329,16 +328,29 @@ def _quantized_for(
 def quantization_settings(
     precision: Precision, settings: QuantizationSettings | None
 ) -> QuantizationSettings:
-    """Return settings whose type, rest and float layers are those of a precision."""
+    """Return settings whose type, rest and float layers are those of a precision.
+
+    Raises:
+        UserError: they say otherwise themselves.
+    """
     from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.quantization.types import FP8, INT8
 
-    return dataclasses.replace(
-        settings or QuantizationSettings(),
+    given = settings or QuantizationSettings()
+    result = dataclasses.replace(
+        given,
         quantized=FP8 if precision.base == "fp8" else INT8,
         fp16=precision.rest == "fp16",
         float_layers=precision.float_layers or (),
     )
+    for name in ("quantized", "fp16", "float_layers"):
+        said = getattr(given, name)
+        if said not in (getattr(QuantizationSettings, name), getattr(result, name)):
+            raise UserError(
+                f"`settings` say otherwise than `precision` {precision} what `{name}` is; give it "
+                "in `precision`, such as int8+fp16:6."
+            )
+    return result
 
 
 def labelled_score(graph: Graph, data: str | Path | None, split: str | None) -> LabelledAp | None:
@@ -504,7 +516,7 @@ def _check_quantizing(
     calibration = _given(calibration, precision)
     how = quantization_settings(precision, options.get("quantization"))
     check_settings(how)
-    calibration_images(calibration)
+    calibration_images(calibration, how.image_limit)
     if not options.get("allow_float") and not computes(backend, settings, how.quantized):
         raise all_in_float(precision.base, backend, settings.target or "this machine's GPU")
 
