@@ -109,8 +109,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--imgsz",
         dest="image_size",
         type=common.positive,
-        help="input size, a multiple of 32 (that of --weights' training, else 640; P6 a multiple of "
-        "64, 1280; Lite 320)",
+        help="input size, a multiple of 32 (that of --weights' training, else 640; P6 a multiple "
+        "of 64, 1280; Lite 320)",
     )
     recipe.add_argument(
         "--lr",
