@@ -19,14 +19,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from support.logs import logged
 from support.tiny_detector import CELL, load_named
-from support.training_data import tiny_architecture
+from support.training_data import tiny_architecture, without_objects, write_shapes
 
 import trt_yolov6
 from trt_yolov6 import Detector, Precision, UserError, read_image
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.cli import main as cli_main
 from trt_yolov6.models import YOLOv6
+from trt_yolov6.quantization.types import FP8
 from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 EXAMPLES = [
@@ -307,7 +309,7 @@ def test_arguments_of_other_types_are_refused_in_a_sentence(
         trt_yolov6.build(**(call | arguments))
 
 
-def test_each_verb_refuses_what_is_another_s(folder: Path) -> None:
+def test_each_verb_refuses_what_is_another_s(folder: Path, tmp_path: Path) -> None:
     graph = folder / "yolov6n.onnx"
     with pytest.raises(UserError, match="export writes fp32 or fp16, not int8"):
         trt_yolov6.export(graph, precision="int8")
@@ -319,6 +321,13 @@ def test_each_verb_refuses_what_is_another_s(folder: Path) -> None:
         trt_yolov6.build(graph, precision="fp16", data=folder / "cells")
     with pytest.raises(UserError, match="`split` is part of a data set; name that as `data`"):
         trt_yolov6.quantize(graph, folder / "calib", precision="int8:auto", split="val")
+    unlabelled = without_objects(write_shapes(tmp_path / "data"), "val")
+    with pytest.raises(
+        UserError, match="no object to evaluate on; give annotations, or leave `data` out"
+    ):
+        trt_yolov6.quantize(
+            graph, folder / "calib", precision="int8:auto", data=unlabelled, split="val"
+        )
     with pytest.raises(UserError, match="`predict` is for timing with `images`"):
         trt_yolov6.benchmark([graph], predict=PredictOptions())
     with pytest.raises(UserError, match="no detector to time; name one as `detectors`"):
@@ -406,6 +415,37 @@ def test_a_path_longer_than_any_is_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=name):
             call(name)
+
+
+@pytest.mark.parametrize("change", [{"float_layers": 2}, {"quantized": FP8}, {"fp16": True}])
+def test_settings_that_precision_contradicts_are_refused(
+    folder: Path, change: dict[str, Any]
+) -> None:
+    settings = trt_yolov6.QuantizationSettings(**change)
+    (name,) = change
+    with pytest.raises(UserError, match=f"contradicts `precision` int8 on `{name}`; give it in"):
+        trt_yolov6.quantize(folder / "yolov6n.onnx", folder / "calib", settings=settings)
+    with pytest.raises(UserError, match=f"contradicts `precision` int8 on `{name}`; give it in"):
+        trt_yolov6.build(
+            folder / "yolov6n.onnx",
+            precision="int8",
+            calibration=folder / "calib",
+            quantization=settings,
+        )
+
+
+def test_only_the_calibration_images_that_are_taken_are_read(folder: Path, tmp_path: Path) -> None:
+    images = sorted((folder / "cells" / "images" / "val").iterdir())[:4]
+    for number, image in enumerate(images):
+        copy = Path(shutil.copy(image, tmp_path / f"{number}.jpg"))
+        if number % 2 == 0:  # those that a limit of two takes
+            copy.write_bytes(b"no image")
+    limited = trt_yolov6.QuantizationSettings(image_limit=2)
+    with logged() as said, pytest.raises(UserError, match="can be read"):
+        trt_yolov6.build(
+            folder / "yolov6n.pt", precision="int8", calibration=tmp_path, quantization=limited
+        )
+    assert said == []  # nothing was exported before
 
 
 def test_a_graph_knows_its_source_as_it_was(folder: Path, tmp_path: Path) -> None:

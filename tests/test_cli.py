@@ -255,6 +255,7 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["export", "--calibration-cache", "x", "--fp16"], "leave --fp16 out"),
         (["sensitivity", "--split", "val"], "--data"),
         (["sensitivity", "--onnx", "none.onnx"], "none.onnx"),
+        (["sensitivity", "--data", "samples"], "--data is for --metric ap and --report"),
         (["build", "--fp16", "--fp32"], "not allowed with"),
         (["build", "--int8", "--no-reconstruct", "--adaptive-rounding"], "not allowed with"),
         (["build", "--imgsz", "99968"], "pixels"),

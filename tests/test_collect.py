@@ -170,6 +170,9 @@ def test_a_graph_of_fixed_batch_gets_full_batches(tmp_path: Path) -> None:
 def test_a_limit_spreads_over_the_folder(tmp_path: Path) -> None:
     names = [path.name for path in calibration_images(folder_of(tmp_path, 10), limit=5)]
     assert names == ["0.png", "2.png", "4.png", "6.png", "8.png"]
+    with logged() as told:
+        assert len(calibration_images(tmp_path, limit=500, report=True)) == 10
+    assert told == [f"{tmp_path} has 10 images, not 500"]
 
 
 @pytest.mark.parametrize(("count", "message"), [(0, "hold no image"), (1, "one image is too few")])

@@ -21,6 +21,7 @@ from support.training_data import (
     CLASS_NAMES,
     tiny_architecture,
     unaugmented,
+    without_objects,
     write_shapes,
     write_tiny,
 )
@@ -474,7 +475,9 @@ def test_the_command_writes_a_graph_that_builds(
     built = tmp_path / "built.onnx"
     build = ["build", "--onnx", said["engine"], "--backend", "onnxruntime", "--output", str(built)]
     assert main(build) == 0
-    assert "no Q/DQ node of the graph is surplus" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "warning: training has 8 of 8 validation images, too" in printed
+    assert "no Q/DQ node of the graph is surplus" in printed
     with load_engine(built) as engine:
         found = evaluate(
             engine, load_coco(shapes, "val"), PredictOptions(batch=8), progress=False
@@ -496,8 +499,10 @@ def test_the_command_writes_a_graph_that_builds(
 
 
 def test_killed_in_its_first_epoch_it_starts_again(
-    checkpoint: Path, shapes: Path, tmp_path: Path, one_thread: None
+    checkpoint: Path, tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    shapes = write_shapes(tmp_path / "data", size=64)
+    (shapes / "images" / "train" / "003.png").write_bytes(b"no image")
     output = tmp_path / "run"
     output.mkdir()
     (output / "settings.json").write_text("{}")  # written before the first epoch
@@ -507,7 +512,12 @@ def test_killed_in_its_first_epoch_it_starts_again(
     arguments += ["--calib", str(shapes / "images" / "train"), "--calibrator", "minmax"]
     arguments += ["--no-equalize", "--epochs", "1", "--batch", "8", "--device", "cpu", "--quiet"]
     arguments += ["--val-split", "none", "--output", str(output), "--resume"]
+    arguments += ["--bad-data", "skip"]
     assert main(arguments) == 0
+    # What was left out is listed, as `train` lists it.
+    said = f"left out of training: 1 problem of the data; see {output / 'bad_data.json'}."
+    assert said in capsys.readouterr().out
+    assert "003.png" in (output / "bad_data.json").read_text()
     assert (output / "yolov6-custom.onnx").is_file()
     assert not leftover.exists()
 
@@ -517,8 +527,10 @@ def test_bad_data_is_found_before_the_calibration(
 ) -> None:
     common = ["qat", "--weights", str(checkpoint), "--imgsz", "64", "--device", "cpu", "--quiet"]
     common += ["--calib", str(shapes / "images" / "train"), "--output", str(tmp_path / "run")]
+    unlabelled = without_objects(write_shapes(tmp_path / "data", size=64), "val")
     for arguments, message in (
         (["--data", str(tmp_path / "none")], "is not a folder"),
+        (["--data", str(unlabelled)], "has no object to evaluate on; give annotations"),
         (["--data", str(shapes), "--split", "other"], "no split 'other'"),
         (["--data", str(shapes), "--val-split", "other"], "no split 'other'"),
         (["--data", str(root / "samples"), "--split", "val"], "3 classes, the checkpoint 2"),

@@ -341,6 +341,20 @@ def test_settings_of_another_kind_or_out_of_range_are_refused(change: dict[str, 
         check_settings(dataclasses.replace(MINMAX, **change))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"max_slowdown": 5.0}, "are for `float_layers` auto"),
+        ({"max_ap_drop": 0.1, "float_layers": 3}, "are for `float_layers` auto"),
+        ({"adaptive_rounding": True, "bias_correction": False}, "what `bias_correction` turns off"),
+        ({"adaptive_rounding": True, "reconstruct": False}, "what `reconstruct` turns off"),
+    ],
+)
+def test_settings_that_nothing_would_read_are_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_settings(QuantizationSettings(**change))
+
+
 @pytest.mark.parametrize("layers", ["stem", ["stem"], None])
 def test_a_precision_s_float_layers_are_a_number_auto_or_names(layers: Any) -> None:
     with pytest.raises(UserError, match=r"^`float_layers` is .* auto or a tuple of names"):

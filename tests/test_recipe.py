@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.training_data import write_tiny
 
+from trt_yolov6.checkpoints.loading import load_checkpoint
+from trt_yolov6.checkpoints.native import Training
 from trt_yolov6.errors import UserError
 from trt_yolov6.models import VARIANTS, architecture
 from trt_yolov6.training.losses import check_losses
@@ -57,6 +61,16 @@ def test_a_teacher_brings_the_length_of_its_decay() -> None:
     assert settings.distillation is not None
     assert settings.distillation.epochs == 40
     assert settings_from_json(json.loads(json.dumps(settings.to_json())), "it") == settings
+
+
+def test_fine_tuning_goes_on_at_the_size_of_the_training(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "tiny.pt")
+    weights = load_checkpoint(path)
+    assert recipe_for("yolov6-custom", "data", weights=weights).image_size == 640
+    at_320 = dataclasses.replace(weights, training=Training({"image_size": 320}, 0, None))
+    assert recipe_for("yolov6-custom", "data", weights=at_320).image_size == 320
+    larger = recipe_for("yolov6-custom", "data", weights=at_320, image_size=416)
+    assert larger.image_size == 416
 
 
 def test_options_change_the_architecture() -> None:

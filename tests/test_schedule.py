@@ -50,6 +50,8 @@ def test_the_warm_up_is_the_authors_but_for_short_trainings() -> None:
     assert make_plan(20000, batch=256, epochs=300, warmup_epochs=3).warmup_steps == 1000
     assert plan_of().warmup_steps == round(125 * 9 / 10)
     assert make_plan(292, batch=32, epochs=125, warmup_epochs=0).warmup_steps == 0
+    # Its first step, at a learning rate of 0, would be a training's only one.
+    assert make_plan(3, batch=32, epochs=1, warmup_epochs=3).warmup_steps == 0
 
 
 @given(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -16,7 +17,14 @@ from support.authors_format import FACTS, Facts
 from support.kills import Kill, run_killed
 from support.logs import logged
 from support.runs import TRAINING, assert_same_bits, complaint, weights_of
-from support.training_data import CLASS_NAMES, read_log, tiny_architecture, write_shapes, write_tiny
+from support.training_data import (
+    CLASS_NAMES,
+    read_log,
+    tiny_architecture,
+    without_objects,
+    write_shapes,
+    write_tiny,
+)
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
@@ -25,6 +33,7 @@ from trt_yolov6.common.files import sole_writer
 from trt_yolov6.diagnostics.inspection import inspect_file
 from trt_yolov6.errors import UserError
 from trt_yolov6.models import Architecture, YOLOv6, architecture
+from trt_yolov6.training import optimizer
 from trt_yolov6.training.initialization import starting_model
 from trt_yolov6.training.log import scalars
 from trt_yolov6.training.recipe import (
@@ -33,6 +42,7 @@ from trt_yolov6.training.recipe import (
     recipe_for,
     settings_from_json,
 )
+from trt_yolov6.training.schedule import Plan
 from trt_yolov6.training.state import STATE_FILE
 from trt_yolov6.training.trainer import stored_settings, train
 
@@ -340,6 +350,30 @@ def test_a_training_that_diverges_says_so(data: Path, tiny: Path, tmp_path: Path
         train(dataclasses.replace(settings, optimizer=wild), tmp_path, progress=False)
 
 
+def test_a_training_whose_last_update_diverges_says_so_and_keeps_the_last_checkpoint(
+    data: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All of its losses are finite: none is computed after the last step.
+    settings = tiny_settings(data, tiny, epochs=2, batch=8, val_split="val", eval_interval=1)
+
+    def rates(plan: Plan, step: int, **_: float) -> float:
+        return 1e-3 if step + 1 < plan.total_steps else math.inf
+
+    monkeypatch.setattr(optimizer, "learning_rate", rates)
+    with pytest.raises(UserError, match="not finite numbers after epoch 2: training diverged"):
+        train(settings, tmp_path, progress=False)
+    training = load_checkpoint(tmp_path / "last.pt").training
+    assert training is not None
+    assert training.epoch == 1
+
+
+def test_one_step_trains_all_weights(data: Path, tiny: Path, tmp_path: Path) -> None:
+    train(tiny_settings(data, tiny, epochs=1, batch=32), tmp_path, progress=False)
+    after = weights_of(tmp_path)
+    before = dict(load_checkpoint(tiny).model.named_parameters())
+    assert not [name for name, weight in before.items() if torch.equal(weight, after[name])]
+
+
 # The command line: one sentence and exit code 2.
 
 
@@ -352,7 +386,7 @@ def test_mistakes_cost_one_line(
     assert "multiple of 32" in complaint(capsys, *base, "--imgsz", "100")
     assert "larger --batch" in complaint(capsys, *base, "--imgsz", "32", "--batch", "1")
     assert "--lr must be above 0" in complaint(capsys, *base, "--lr", "-1")
-    assert "not of the form" in complaint(capsys, *base, "--set", "epochs")
+    assert "not of the form" in complaint(capsys, *base, "--set", "ema_decay")
     assert "there is no speed" in complaint(capsys, *base, "--set", "optimizer.speed=1")
     assert "momentum must be a number" in complaint(
         capsys, *base, "--set", "optimizer.momentum=high"
@@ -378,10 +412,34 @@ def test_mistakes_cost_one_line(
     assert not (tmp_path / "run" / "settings.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        # The recipe follows these: the teacher's decay and the plain epochs, losses, learning rate.
+        ("--set epochs=2", "give epochs as --epochs"),
+        ("--set teacher=tiny.pt", "give teacher as --distill"),
+        ("--set variant=yolov6t", "give variant as --model"),
+        ("--set architecture.dfl=true", "give dfl as --dfl"),
+        ("--lr 0.1 --set optimizer.learning_rate=0.2", "give learning_rate as --lr"),
+        # Their names are those of options for something else.
+        ("--set augmentation.border=320", "border of 320"),
+        ("--set distillation.epochs=5", "distillation is none"),
+        ("--mosaic 0 --mixup 0.5", "give --mosaic above 0"),
+        ("--epochs 3 --assigner simota", "--assigner simota would begin after 4 epochs"),
+        ("--set losses.dfl_weight=7", "no effect without --dfl"),
+        ("--set losses.objectness_weight=2", "no effect without --objectness"),
+        ("--set losses.poly_epsilon=2", "no effect without --cls-loss poly"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, says: str
+) -> None:
+    base = ("--data", str(data), "--output", str(tmp_path), "--model", "n", "--imgsz", "64")
+    assert says in complaint(capsys, *base, *given.split())
+
+
 def test_a_validation_split_without_an_object_is_refused(tiny: Path, tmp_path: Path) -> None:
-    data = write_shapes(tmp_path / "data")
-    file = data / "annotations" / "instances_val.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    data = without_objects(write_shapes(tmp_path / "data"), "val")
     with pytest.raises(UserError, match=r"instances_val\.json has no object to evaluate on"):
         train(tiny_settings(data, tiny, val_split="val"), tmp_path / "run", progress=False)
 

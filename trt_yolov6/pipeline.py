@@ -157,8 +157,7 @@ def quantize(
         calibration: folder of images like those the detector will see, a few dozen.
         precision: `int8` or `fp8`, with `+fp16` for the rest and `:6` or `:auto` for layers that
             stay in float, such as `int8+fp16:auto`.
-        settings: how it is calibrated; its type, rest and float layers are replaced by
-            `precision`.
+        settings: how it is calibrated; its type, rest and float layers are those of `precision`.
         output: ONNX file to write, with a manifest next to it; None writes nothing.
         options: see `QuantizeOptions` and `GraphOptions`.
 
@@ -333,26 +332,42 @@ def quantization_settings(
     """Return settings whose type, rest and float layers are those of a precision.
 
     `name` is that of the parameter that they were given as.
+
+    Raises:
+        UserError: they contradict it themselves.
     """
     from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.quantization.types import FP8, INT8
 
-    return dataclasses.replace(
-        of_class(settings, QuantizationSettings, name),
+    given = of_class(settings, QuantizationSettings, name)
+    result = dataclasses.replace(
+        given,
         quantized=FP8 if precision.base == "fp8" else INT8,
         fp16=precision.rest == "fp16",
         float_layers=precision.float_layers or (),
     )
+    for field in ("quantized", "fp16", "float_layers"):
+        if getattr(given, field) not in (
+            getattr(QuantizationSettings, field),
+            getattr(result, field),
+        ):
+            raise UserError(
+                f"`{name}` contradicts `precision` {precision} on `{field}`; give it in "
+                "`precision`, such as int8+fp16:6."
+            )
+    return result
 
 
 def labelled_score(graph: Graph, data: str | Path | None, split: str | None) -> LabelledAp | None:
     """Return the function that measures a graph's AP on a data set; None without one."""
     if data is None:
         return None
-    from trt_yolov6.data.coco import load_coco
+    from trt_yolov6.data.coco import check_objects, load_coco
     from trt_yolov6.runtime.sensitivity_report import LabelledAp
 
-    return LabelledAp(graph, load_coco(data, split))
+    dataset = load_coco(data, split)
+    check_objects(dataset, "give annotations, or leave `data` out")
+    return LabelledAp(graph, dataset)
 
 
 def _float_graph(
@@ -506,7 +521,7 @@ def _check_quantizing(
     calibration = _given(calibration, precision)
     how = quantization_settings(precision, options.get("quantization"))
     check_settings(how)
-    calibration_images(calibration)
+    calibration_images(calibration, how.image_limit)
     if not options.get("allow_float") and not computes(backend, settings, how.quantized):
         raise all_in_float(precision.base, backend, settings.target or "this machine's GPU")
 

@@ -29,9 +29,9 @@ CHANGES = (
 
 
 def settings_of(data: Path, weights: Path, changes: Sequence[str] = CHANGES) -> TrainSettings:
-    """Return the settings of two epochs of two steps each of the tiny network."""
+    """Return the settings of three epochs of two steps each of the tiny network."""
     settings = recipe_for(
-        "yolov6-custom", str(data), weights=load_checkpoint(weights), epochs=2, image_size=96
+        "yolov6-custom", str(data), weights=load_checkpoint(weights), epochs=3, image_size=96
     )
     for change in changes:
         settings = with_field(settings, change)

@@ -60,7 +60,7 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         "--no-bias-correction",
         dest="bias_correction",
         action="store_false",
-        help="do not correct biases",
+        help="do not correct biases; GPTQ, which changes them, too, is not tried then",
     )
     int8.add_argument(
         "--reconstruct",

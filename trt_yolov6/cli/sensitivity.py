@@ -59,6 +59,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--split is part of a data set; name that with --data.")
     if options.data is not None:
         check_source(options.data, options.split)
+        if options.metric != "ap" and not options.report:
+            raise UserError("--data is for --metric ap and --report; add one of them.")
     graph = export(
         options.onnx or weights_or_sample(options.weights),
         image_size=options.image_size,
@@ -83,5 +85,7 @@ def run(options: argparse.Namespace) -> None:
         write_chart(result, options.plot)
         say(f"{options.plot}: drawn")
     source = ("--onnx", options.onnx) if options.onnx else ("--weights", graph.source)
-    kept = "--float-layers", min(6, len(result.layers))
+    kept = ["--float-layers", min(6, len(result.layers))]
+    if options.calibration:
+        kept += ["--calib", options.calibration]
     say_next(options, "without the most sensitive", "build", "--int8", *source, *kept)

@@ -109,7 +109,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--imgsz",
         dest="image_size",
         type=common.positive,
-        help="input size, a multiple of 32 (640; P6 a multiple of 64, 1280; Lite 320)",
+        help="input size, a multiple of 32 (that of --weights' training, else 640; P6 a multiple "
+        "of 64, 1280; Lite 320)",
     )
     recipe.add_argument(
         "--lr",
@@ -287,13 +288,49 @@ def _changed(settings: TrainSettings, options: argparse.Namespace) -> TrainSetti
         split = None if options.val_split == "none" else options.val_split
         settings = replace(settings, val_split=split)
     for assignment in options.assignment or ():
+        field = assignment.partition("=")[0].strip()
+        name = field.rpartition(".")[2]
+        option = common.option_names(options.parser).get("model" if name == "variant" else name)
+        if option is not None and field not in _APART:
+            raise UserError(f"--set {assignment}: give {name} as {option}.")
         settings = with_field(settings, assignment)
-    if options.warmup_assigner is not None and not settings.losses.warmup_epochs:
+    _check_use(settings, options)
+    return settings
+
+
+_APART = ("augmentation.border", "distillation.epochs")
+"""Fields that are not what the options of their names set."""
+
+
+def _check_use(settings: TrainSettings, options: argparse.Namespace) -> None:
+    """Refuse options that the rest of the settings leaves without effect."""
+    losses = settings.losses
+    if options.mixup and not settings.augmentation.mosaic:
+        raise UserError("--mixup blends mosaics; give --mosaic above 0, or leave --mixup out.")
+    if options.warmup_assigner is not None and not losses.warmup_epochs:
         raise UserError(
             "--warmup-assigner is for trainings from random weights; leave it out, or add --set "
             "losses.warmup_epochs=4."
         )
-    return settings
+    begins = losses.warmup_epochs if losses.assigner != losses.warmup_assigner else 0
+    if options.assigner is not None and begins >= settings.epochs:
+        raise UserError(
+            f"--assigner {losses.assigner} would begin after {begins} epochs, and there are "
+            f"{settings.epochs}; give more --epochs, or --set losses.warmup_epochs=0."
+        )
+    needs = {
+        "losses.poly_epsilon": (losses.classification == "poly", "--cls-loss poly"),
+        "losses.dfl_weight": (losses.use_dfl, "--dfl"),
+        "losses.objectness_weight": (losses.objectness, "--objectness"),
+        "distillation.box_weight": (losses.use_dfl, "--dfl"),
+        "distillation.box_temperature": (losses.use_dfl, "--dfl"),
+    }
+    for assignment in options.assignment or ():
+        used, option = needs.get(assignment.partition("=")[0].strip(), (True, ""))
+        if not used:
+            raise UserError(
+                f"--set {assignment} has no effect without {option}; leave it out, or add that."
+            )
 
 
 def _rep_optimizer(

@@ -58,6 +58,8 @@ def calibration_images(
     if limit is not None:
         paths = list(evenly(paths, limit))
     level = logging.INFO if report else logging.DEBUG
+    if limit is not None and limit > len(paths):
+        _log.log(level, "%s has %d images, not %d", folder, len(paths), limit)
     usable: list[Path] = []
     reasons: list[str] = []
     seen: dict[str, Path] = {}

@@ -178,6 +178,12 @@ def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
     return dataclasses.replace(found.dataset, notes=notes)
 
 
+def check_objects(dataset: CocoDataset, remedy: str) -> None:
+    """Raise UserError for a split without an object to measure AP on; `remedy` ends the message."""
+    if all(item["iscrowd"] for item in dataset.annotations):
+        raise UserError(f"{dataset.annotation_file} has no object to evaluate on; {remedy}.")
+
+
 def read_annotations(
     root: str | Path, split: str | None = None, *, crowds: bool = True
 ) -> AnnotatedSplit:

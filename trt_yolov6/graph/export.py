@@ -553,7 +553,8 @@ def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSett
     checkpoint = load_checkpoint(weights) if isinstance(weights, (str, Path)) else weights
     sha256 = sha256_file(checkpoint.path) if checkpoint.path.is_file() else ""
     model = export_onnx(checkpoint.model, settings, checkpoint.class_names)
-    model.metadata_props.add(key=CHECKPOINT, value=sha256)
+    if sha256:
+        model.metadata_props.add(key=CHECKPOINT, value=sha256)
     return Graph(
         model=model,
         name=checkpoint.arch.name,

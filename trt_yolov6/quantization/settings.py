@@ -60,9 +60,12 @@ class QuantizationSettings(Checked):
 
 
 def check_settings(settings: QuantizationSettings) -> None:
-    """Raise UserError for what the type that is quantized to has no use for, and for no budget."""
+    """Raise UserError for choices that contradict each other or that nothing would read."""
     if settings.max_ap_drop is None and settings.max_slowdown is None:
         raise UserError("`float_layers` auto needs a budget; give `max_ap_drop` or `max_slowdown`.")
+    budget = settings.max_ap_drop, settings.max_slowdown
+    if settings.float_layers != "auto" and budget != (QuantizationSettings.max_ap_drop, None):
+        raise UserError("`max_ap_drop` and `max_slowdown` are for `float_layers` auto; give that.")
     quantized = settings.quantized
     methods = methods_for(quantized)
     if settings.calibrator != "auto" and settings.calibrator not in methods:
@@ -71,6 +74,11 @@ def check_settings(settings: QuantizationSettings) -> None:
             f"choose one of {', '.join(methods)} with {quantized.label}."
         )
     if not quantized.is_floating:
+        for name in ("bias_correction", "reconstruct"):
+            if settings.adaptive_rounding and not getattr(settings, name):
+                raise UserError(
+                    f"`adaptive_rounding` does what `{name}` turns off; leave one of them out."
+                )
         return
     if settings.reconstruct_minutes:
         raise UserError(

@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trt_yolov6.data.coco import CocoImage, DataReport
+from trt_yolov6.common.text import counted
+from trt_yolov6.data.coco import CocoDataset, CocoImage, DataReport
+from trt_yolov6.data.images import same_files
 from trt_yolov6.data.letterbox import Letterbox, fill, fit
 from trt_yolov6.errors import UserError
 from trt_yolov6.training.augmentation import (
@@ -37,6 +39,8 @@ from trt_yolov6.training.data_validation import (
     settle,
 )
 from trt_yolov6.training.targets import Targets
+
+DATA_REPORT_FILE = "bad_data.json"
 
 DEVICE_SHARE = 0.5
 """Part of a GPU's free memory that a training set may take; the rest is for training."""
@@ -224,6 +228,27 @@ def load_training_set(
         first=torch.from_numpy(np.cumsum([0, *(len(checked.boxes[index]) for index in good)])),
         report=report,
     )
+
+
+def data_notes(
+    data: TrainingSet, report_file: Path, validation: CocoDataset | None
+) -> tuple[str, ...]:
+    """Return sentences on what was left out of training, and on images in both splits.
+
+    A network that has learnt images does well on them.
+    """
+    notes = [f"{note}." for note in data.report.notes]
+    if count := len(data.report.problems):
+        left = counted(count, "problem")
+        notes.append(f"left out of training: {left} of the data; see {report_file}.")
+    paths = [image.path for image in validation.images] if validation else []
+    if same := same_files(paths, data.files):
+        (one, other), of = same[0], counted(len(paths), "validation image")
+        notes.append(
+            f"warning: training has {len(same)} of {of}, too, which makes AP too high: {one} is "
+            f"{other}, for example."
+        )
+    return tuple(notes)
 
 
 def _in_corner(image: CocoImage, image_size: int) -> Letterbox:

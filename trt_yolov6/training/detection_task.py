@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
-from trt_yolov6.common.text import counted
 from trt_yolov6.data.class_matching import order_by_name
-from trt_yolov6.data.coco import CocoDataset, load_coco
-from trt_yolov6.data.images import same_files
+from trt_yolov6.data.coco import CocoDataset, check_objects, load_coco
 from trt_yolov6.data.sources import check_source
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import BN_MOMENTUM
 from trt_yolov6.models.fusion import fuse
 from trt_yolov6.models.network import Raw, YOLOv6
-from trt_yolov6.training.dataset import TrainingSet, load_training_set
+from trt_yolov6.training.dataset import (
+    DATA_REPORT_FILE,
+    TrainingSet,
+    data_notes,
+    load_training_set,
+)
 from trt_yolov6.training.distributed import Processes, placed, with_common_statistics
 from trt_yolov6.training.ema import WINDOW, WeightAverage, average_for
 from trt_yolov6.training.graphed import graphed
@@ -35,8 +38,6 @@ from trt_yolov6.training.recipe import TrainSettings
 from trt_yolov6.training.schedule import LOSS_BATCH, Plan, make_plan
 from trt_yolov6.training.state import Learner
 from trt_yolov6.training.targets import Targets
-
-DATA_REPORT_FILE = "bad_data.json"
 
 PARTS = ("total", "class", "box", "dfl", "objectness", "distill_class", "distill_box")
 """The losses that are logged."""
@@ -79,11 +80,8 @@ def detection_task(
     validation = (
         None if settings.val_split is None else load_coco(settings.data, settings.val_split)
     )
-    if validation is not None and all(item["iscrowd"] for item in validation.annotations):
-        raise UserError(
-            f"{validation.annotation_file} has no object to evaluate on; give annotations, or "
-            "`val_split` none."
-        )
+    if validation is not None:
+        check_objects(validation, "give annotations, or `val_split` none")
     data = _training_data(settings, folder, processes, validation, progress)
     start = starting_model(settings, data.class_names, scales=scales)
     device = processes.device
@@ -127,32 +125,10 @@ def detection_task(
         clip_norm=largest_norm(settings.optimizer, settings.batch),
         keeps_gradients=is_graphed,
     )
-    notes = (*_notes(data, folder), *start.notes)
-    if validation is not None and processes.is_first:
-        notes = (*notes, *_shared(data, validation))
+    seen = validation if processes.is_first else None
+    notes = (*start.notes, *data_notes(data, folder / DATA_REPORT_FILE, seen))
     return DetectionTask(
         task, settings, average, validation, autocast is not None and on_gpu, notes
-    )
-
-
-def _notes(data: TrainingSet, folder: Path) -> tuple[str, ...]:
-    count, place = len(data.report.problems), folder / DATA_REPORT_FILE
-    notes = tuple(f"{note}." for note in data.report.notes)
-    if count:
-        notes += (f"left out of training: {counted(count, 'problem')} of the data; see {place}.",)
-    return notes
-
-
-def _shared(data: TrainingSet, validation: CocoDataset) -> tuple[str, ...]:
-    """Say which images are in both splits: a network that has learnt them does well on them."""
-    paths = [image.path for image in validation.images]
-    same = same_files(paths, data.files)
-    if not same:
-        return ()
-    (one, other), count = same[0], counted(len(paths), "validation image")
-    return (
-        f"warning: training has {len(same)} of {count}, too, which makes AP too high: {one} is "
-        f"{other}, for example.",
     )
 
 

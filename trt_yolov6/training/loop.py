@@ -24,6 +24,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.training.augmentation import AugmentationSettings
 from trt_yolov6.training.dataset import TrainingSet
 from trt_yolov6.training.distributed import Processes
+from trt_yolov6.training.ema import floating_state
 from trt_yolov6.training.schedule import Plan, derived_seed, epoch_order, is_last_phase
 from trt_yolov6.training.state import Learner, Progress, save_state
 from trt_yolov6.training.targets import Targets
@@ -202,13 +203,16 @@ def _update(task: Task) -> None:
 
 
 def _line(task: Task, done: Progress, epoch: int) -> dict[str, Any]:
-    """Return the log's line of an epoch, or raise UserError if the loss is not finite any more."""
-    sums = task.processes.mean(task.learner.sums)
-    means = (sums / task.plan.steps_per_epoch).tolist()
-    if not math.isfinite(means[0]):
+    """Return the log's line of an epoch; raise UserError if loss or weights are not finite."""
+    weights = floating_state(task.learner.model).values()
+    # No loss has seen the last update yet.
+    finite = torch.stack([item.isfinite().all() for item in weights]).all()
+    sums = task.processes.mean(torch.cat([task.learner.sums, finite.to(task.learner.sums)[None]]))
+    means = (sums[:-1] / task.plan.steps_per_epoch).tolist()
+    if not math.isfinite(means[0]) or sums[-1] < 1:
         raise UserError(
-            f"the loss is not a finite number in epoch {epoch + 1}: training diverged; lower "
-            "`learning_rate`, or start from other `weights`.",
+            f"loss or weights are not finite numbers after epoch {epoch + 1}: training diverged; "
+            "lower `learning_rate`, or start from other `weights`.",
         )
     return task.line(epoch + 1, means, done.epoch_seconds)
 

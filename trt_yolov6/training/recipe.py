@@ -147,7 +147,8 @@ def recipe_for(
         scales: hyper-search network for RepOptimizer, which then says what the network is.
         epochs: passes over the training split.
         plain_epochs: last epochs without Mosaic and Mixup; None: 15, but at most a quarter of all.
-        others: any other field of `TrainSettings`; `image_size` is otherwise the authors'.
+        others: any other field of `TrainSettings`; `image_size` is otherwise what `weights` were
+            trained at, or the authors'.
 
     Raises:
         UserError: there is no such variant, or a value is out of range.
@@ -156,6 +157,7 @@ def recipe_for(
     source = weights or scales
     arch = source.arch if source else adapted(architecture(variant), options)
     losses = default_losses(arch)
+    trained = weights.training.image_size if weights and weights.training else None
     if weights:
         # The other assigner is for predictions that say nothing yet.
         losses = dataclasses.replace(losses, warmup_epochs=0)
@@ -164,7 +166,7 @@ def recipe_for(
         "losses": losses,
         "augmentation": augmentation_for(variant),
         "plain_epochs": min(15, epochs // 4) if plain_epochs is None else plain_epochs,
-        "image_size": arch.image_size,
+        "image_size": trained or arch.image_size,
         **others,
     }
     if scales:

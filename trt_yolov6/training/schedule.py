@@ -52,7 +52,7 @@ def make_plan(
 
     An epoch has `images / batch` steps, rounded: every batch is full, and what an epoch leaves out
     or shows twice is another image every time. The warm-up lasts `warmup_epochs`, or 1000 steps if
-    that is longer (as the authors have it), but no more than a tenth of the training or one step.
+    that is longer (as the authors have it), but no more than a tenth of the training.
 
     Args:
         images, batch, epochs: see `Plan`.
@@ -64,7 +64,7 @@ def make_plan(
     total = steps * epochs
     warmup = 0
     if warmup_epochs > 0:
-        warmup = min(max(round(warmup_epochs * steps), 1000), max(round(total / 10), 1))
+        warmup = min(max(round(warmup_epochs * steps), 1000), round(total / 10))
     most = accumulated_steps(batch, accumulate)
     updates = []
     gathered = 0

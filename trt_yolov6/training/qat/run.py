@@ -13,7 +13,7 @@ from pathlib import Path
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.checkpoints.loading import Checkpoint
 from trt_yolov6.common.files import check_writable, write_bytes, write_json
-from trt_yolov6.data.coco import load_coco
+from trt_yolov6.data.coco import check_objects, load_coco
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.build import BuiltEngine, check_build
 from trt_yolov6.errors import UserError
@@ -21,6 +21,7 @@ from trt_yolov6.pipeline import GraphOptions, build, export
 from trt_yolov6.quantization.implicit import implicit_ranges
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.runtime.sensitivity_report import LabelledAp
+from trt_yolov6.training.dataset import DATA_REPORT_FILE, data_notes
 from trt_yolov6.training.distributed import chosen_device
 from trt_yolov6.training.log import write_log
 from trt_yolov6.training.qat.export import rounded_graph, trained_graph
@@ -95,9 +96,12 @@ def run(
     graph = export(checkpoint, **graph_options)
     # Bad data is found out before minutes of calibration.
     labelled = None if val_split == "none" else load_coco(settings.data, val_split)
-    data = load_data(settings, graph, where, progress=progress)
-    if data.report.problems:
-        _log.info("%d problems of the data were left out of training", len(data.report.problems))
+    if labelled is not None:
+        check_objects(labelled, "give annotations, or `val_split` none")
+    report = output / DATA_REPORT_FILE
+    data = load_data(settings, graph, where, progress=progress, report_file=report)
+    for note in data_notes(data, report, labelled):
+        _log.info(note)
     is_auto = quantization.float_layers == "auto"
     if backend == "tensorrt" or float_graph:  # as `build` does, see `QuantizationSettings.shift`
         quantization = replace(quantization, shift=False)

@@ -121,7 +121,12 @@ def train_quantized(
 
 
 def load_data(
-    settings: QatSettings, graph: Graph, device: torch.device, *, progress: bool = True
+    settings: QatSettings,
+    graph: Graph,
+    device: torch.device,
+    *,
+    progress: bool = True,
+    report_file: Path | None = None,
 ) -> TrainingSet:
     """Decode the training split, its classes in the network's order.
 
@@ -138,6 +143,7 @@ def load_data(
         device,
         on_bad_data=settings.on_bad_data,
         progress=progress,
+        report_file=report_file,
         class_names=graph.class_names,
     )
     count, known = len(data.class_names), len(graph.class_names)
