@@ -345,7 +345,7 @@ def quantization_settings(
     )
     for name in ("quantized", "fp16", "float_layers"):
         said = getattr(given, name)
-        if said not in (getattr(QuantizationSettings, name), getattr(result, name)):
+        if said not in (getattr(type(given), name), getattr(result, name)):
             raise UserError(
                 f"`settings` say otherwise than `precision` {precision} what `{name}` is; give it "
                 "in `precision`, such as int8+fp16:6."
