@@ -211,13 +211,13 @@ class Truth:
 def read_truth(root: Path) -> Truth:
     """Return the objects in the images of a data set that `write_folds` wrote."""
     dataset = load_folds(root)
-    place_of = {number: place for place, number in enumerate(dataset.category_ids)}
+    index_of = dataset.class_indices
     boxes: dict[int, list[list[float]]] = {image.id: [] for image in dataset.images}
     labels: dict[int, list[int]] = {image.id: [] for image in dataset.images}
     for entry in dataset.annotations:
         x, y, width, height = entry["bbox"]
         boxes[entry["image_id"]].append([x, y, x + width, y + height])
-        labels[entry["image_id"]].append(place_of[entry["category_id"]])
+        labels[entry["image_id"]].append(index_of[entry["category_id"]])
     objects = tuple(
         Detections(
             xyxy=np.array(boxes[image.id], np.float32).reshape(-1, 4),
@@ -266,9 +266,9 @@ def without_missing_boxes(truth: Truth, rows: NDArray[Any]) -> NDArray[Any]:
     Of those only the score counts, so AP is the same for every draw of images.
     """
     rows = rows[np.lexsort((-rows["score"].astype(np.int64), rows["image"]))]
-    place_of = {image: place for place, image in enumerate(truth.images)}
+    index_of = {image: place for place, image in enumerate(truth.images)}
     for image in np.unique(rows["image"]):
-        objects = truth.objects[place_of[int(image)]]
+        objects = truth.objects[index_of[int(image)]]
         for label in np.unique(rows["label"][rows["image"] == image]):
             own = np.flatnonzero((rows["image"] == image) & (rows["label"] == label))
             boxes = objects.xyxy[objects.class_id == label].astype(np.float64)

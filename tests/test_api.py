@@ -359,15 +359,67 @@ def test_what_is_quantized_is_written_where_it_is_asked_for(folder: Path, tmp_pa
     assert trt_yolov6.export(written).precision == graph.precision == "int8"
 
 
+def test_options_given_as_a_dictionary_are_named_with_their_class(
+    folder: Path, tmp_path: Path
+) -> None:
+    options: Any = {"confidence": 0.3}
+    with Detector(load_named(tmp_path)) as detector:
+        path = detector.engine.path
+        calls = {
+            "`options` is a dict; give a PredictOptions, such as PredictOptions(confidence=...).": (
+                lambda: detector.predict("images", options),
+                lambda: detector.annotate(folder / "images", tmp_path / "out", options),
+                lambda: trt_yolov6.evaluate(detector, folder / "cells", options=options),
+            ),
+            "`predict` is a dict": (
+                lambda: trt_yolov6.benchmark(detector, images=folder / "images", predict=options),
+            ),
+            "`options` is a dict; give a LoadOptions": (lambda: trt_yolov6.load(path, options),),
+            "`quantization` is a dict; give a Quant": (
+                lambda: trt_yolov6.build(
+                    path, precision="int8", calibration="calib", quantization=options
+                ),
+            ),
+            "`settings` is a dict; give a Quant": (
+                lambda: trt_yolov6.quantize(path, "calib", settings=options),
+            ),
+            "`settings` is a dict; give a BuildSettings": (
+                lambda: trt_yolov6.build(path, settings=options),
+            ),
+        }
+        for said, some in calls.items():
+            for call in some:
+                with pytest.raises(UserError, match=re.escape(said)):
+                    call()
+
+
+def test_a_path_longer_than_any_is_named(tmp_path: Path) -> None:
+    detector = Detector(load_named(tmp_path))
+    name = 300 * "a"
+    for call in (
+        detector.predict,
+        trt_yolov6.load,
+        trt_yolov6.export,
+        trt_yolov6.inspect,
+        lambda path: trt_yolov6.train(tmp_path, weights=path),
+        lambda path: trt_yolov6.evaluate(detector, path),
+        lambda path: trt_yolov6.compare([f"{path}.onnx"], tmp_path / "run", data="samples"),
+        lambda path: trt_yolov6.compare("plan.onnx", baseline=path),
+        lambda path: trt_yolov6.build("none.onnx", output=f"{path}.onnx"),
+    ):
+        with pytest.raises(UserError, match=name):
+            call(name)
+
+
 @pytest.mark.parametrize("change", [{"float_layers": 2}, {"quantized": FP8}, {"fp16": True}])
 def test_settings_that_precision_contradicts_are_refused(
     folder: Path, change: dict[str, Any]
 ) -> None:
     settings = trt_yolov6.QuantizationSettings(**change)
     (name,) = change
-    with pytest.raises(UserError, match=f"`precision` int8 what `{name}` is; give it in"):
+    with pytest.raises(UserError, match=f"contradicts `precision` int8 on `{name}`; give it in"):
         trt_yolov6.quantize(folder / "yolov6n.onnx", folder / "calib", settings=settings)
-    with pytest.raises(UserError, match=f"`precision` int8 what `{name}` is; give it in"):
+    with pytest.raises(UserError, match=f"contradicts `precision` int8 on `{name}`; give it in"):
         trt_yolov6.build(
             folder / "yolov6n.onnx",
             precision="int8",
@@ -398,6 +450,10 @@ def test_a_graph_knows_its_source_as_it_was(folder: Path, tmp_path: Path) -> Non
     source.unlink()
     built = trt_yolov6.build(graph, output=tmp_path / "engine.onnx")
     assert (built.manifest.source, built.manifest.source_sha256) == ("net.onnx", digest)
+    # Through the file that was exported from it, and through the engine's, which is one, too.
+    checkpoint = hashlib.sha256((folder / "yolov6n.pt").read_bytes()).hexdigest()
+    again = trt_yolov6.build(built, output=tmp_path / "again.onnx")
+    assert [one.manifest.checkpoint_sha256 for one in (built, again)] == [checkpoint] * 2
 
 
 def test_a_checkpoint_brings_its_names_and_a_graph_its_size(folder: Path) -> None:

@@ -331,7 +331,7 @@ def test_a_real_engine_is_measured_and_the_result_reads_as_documented(detector: 
     assert value["versions"]["numpy"] == np.__version__
     assert "stages_ms" not in value
     report = format_report([result])
-    assert "tiny.onnx" in report
+    assert "\ntiny " in report
     assert "resident input" in report
     assert max(map(len, report.splitlines())) < 200
 
@@ -365,7 +365,7 @@ def test_two_engines_give_two_results_in_order(detector: Path, tmp_path: Path) -
     assert [result.engine.name for result in results] == ["tiny.onnx", "other.onnx"]
     assert results[0].engine_sha256 == results[1].engine_sha256
     report = format_report(results)
-    assert "other.onnx" in report
+    assert "\nother " in report
     assert report.count("\non ") == 1  # the same place is named once
     # Of one name they are told apart by their paths.
     folders = [
@@ -379,6 +379,15 @@ def test_two_engines_give_two_results_in_order(detector: Path, tmp_path: Path) -
         "a/s.onnx:",
         "b/s.onnx:",
     ]
+    named = [
+        dataclasses.replace(one, engine=Path(f"engines/yolov6s_of_my_data-{kind}.trt"))
+        for one, kind in zip(results, ("fp32", "int8+fp16"), strict=True)
+    ]
+    narrow = max(map(len, format_report(named).splitlines()[1:4])) - 1
+    lines = format_report(named, narrow).splitlines()
+    assert lines[1] == "yolov6s_of_my_data-..."
+    assert [line.split()[0] for line in lines[2:5]] == ["engine", "fp32", "int8+fp16"]
+    assert all(len(line) <= narrow for line in lines[1:5])
 
 
 def test_end_to_end_reports_stages_that_add_up_to_the_whole(detector: Path) -> None:

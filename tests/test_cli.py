@@ -95,6 +95,17 @@ def test_bench_takes_the_newest_engine_and_writes_the_documented_keys(
     assert value["throughput_fps"] == pytest.approx(1000 / value["latency_ms"]["median"])
 
 
+def test_bench_lists_the_layers_that_take_longest(
+    with_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--duration", "0.1", "--quiet", "--layers"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.endswith(" ms one by one"))
+    shares = [float(line.split("%")[0]) for line in lines[start + 1 :]]
+    assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares))
+    assert shares[:-1] == sorted(shares[:-1], reverse=True)
+
+
 def test_an_engine_for_another_machine_is_passed_over(
     with_engine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,7 +265,7 @@ def test_a_checkpoint_that_is_none_is_one_line(
         (["eval", "--engine", "samples/yolov6n_bccd.pt"], "trt-yolov6 build --weights"),
         (["eval", "--engine", "samples/README.md"], "samples/README.md is not an engine"),
         (
-            ["bench", "--stages", "--layers", "--no-cuda-graph"],
+            ["bench", "--stages", "--layers"],
             "--layers and --stages are separate",
         ),
         (["bench"], "trt-yolov6 build"),

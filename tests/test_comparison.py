@@ -33,6 +33,8 @@ from trt_yolov6.comparison.run import compare
 from trt_yolov6.data.coco import load_coco
 from trt_yolov6.engines import load_engine
 from trt_yolov6.errors import UserError
+from trt_yolov6.pipeline import build, quantize
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.runtime.evaluate import evaluate
 
 IMAGES = 6
@@ -566,6 +568,40 @@ def test_a_graph_of_another_precision_is_called_by_it_and_takes_no_names(
         compare(named, tmp_path / "run", progress=False)
 
 
+def test_an_engine_agrees_with_the_most_precise_one_of_its_network_whatever_their_names(
+    data: Path, tmp_path: Path
+) -> None:
+    source = write_detector(tmp_path / "source.onnx", 16)
+    quick = QuantizationSettings(
+        calibrator="minmax", equalize=False, bias_correction=False, reconstruct=False
+    )
+    calib = data / "images" / "val"
+    quantized = quantize(source, calib, settings=quick, output=tmp_path / "quantized.onnx")
+    other = write_detector(tmp_path / "other.onnx", 16, seed=1)
+    files = [
+        build(graph, output=tmp_path / f"{name}.onnx", precision=precision).path
+        for name, graph, precision in (
+            ("a", quantized, None),
+            ("b", other, None),
+            ("c", source, "fp16"),
+            ("d", source, None),
+        )
+    ]
+    # Of an engine's file, which is of the network, too.
+    files.append(build(files[0], output=tmp_path / "e.onnx").path)
+    plan = plan_of(files, data=data, batches=(1,), rounds=3, duration=0.05, layers=False)
+    compare(plan, tmp_path / "run", progress=False)
+    engines = json.loads((tmp_path / "run" / "results.json").read_text())["engines"]
+    found = [(one["engine"], one["agreement"] and one["agreement"]["with"]) for one in engines]
+    assert found == [
+        ("a int8", "d fp32"),
+        ("b fp32", None),
+        ("c fp16", None),
+        ("d fp32", None),
+        ("e int8", "d fp32"),
+    ]
+
+
 def test_a_strip_of_pixels_may_be_an_example(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -592,3 +628,13 @@ def test_a_baseline_of_something_else_is_refused_before_anything_is_measured(
     assert main([*command[:-1], str(tmp_path / "other.json")]) == 2
     assert "another data set" in capsys.readouterr().err
     assert not (tmp_path / "run" / "results.json").exists()
+    value = json.loads((finished / "results.json").read_text())
+    for engine in value["engines"]:
+        engine["device"] = "another cpu"
+    write_json(tmp_path / "other.json", value)
+    assert main([*command[:-1], str(tmp_path / "other.json")]) == 2
+    assert "measured on another cpu" in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "steps").glob("accuracy-*"))
+    allowed = main([*command[:-1], str(tmp_path / "other.json"), "--allow-other-device"])
+    assert allowed == 1
+    assert "gate: failed" in capsys.readouterr().out

@@ -268,12 +268,12 @@ def test_numbers_are_names_where_both_sides_have_the_same() -> None:
     ours = tuple(map(str, range(1, 11)))
     theirs = tuple(sorted(ours))  # as VOC's classes are: "10" is the second
     every = [True] * 10
-    places = match_classes("engine", ours, "data", theirs, every).places
+    places = match_classes("engine", ours, "data", theirs, every).matches
     assert tuple(theirs[place] for place in places if place is not None) == ours
     order = order_by_name(ours, theirs, every)
     assert order == tuple(int(name) - 1 for name in theirs)
     # Beside other names they only count.
-    assert match_classes("engine", ("1", "0"), "data", ("cat", "dog"), every[:2]).places == (0, 1)
+    assert match_classes("engine", ("1", "0"), "data", ("cat", "dog"), every[:2]).matches == (0, 1)
 
 
 def test_names_that_do_not_agree_are_taken_in_order_and_named(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pkgutil
 import stat
 import threading
 from collections.abc import Callable
@@ -53,6 +54,30 @@ def test_a_failure_leaves_no_new_folder(
     with pytest.raises(RuntimeError):
         fail()
     assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+@pytest.mark.parametrize("block", [atomic_path, sole_writer])
+@pytest.mark.parametrize("step", ["os.access", "pathlib.Path.mkdir", "tempfile.mkstemp", "os.open"])
+def test_a_writer_makes_a_folder_again_that_another_one_made_and_takes_away(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    block: Callable[[Path], contextlib.AbstractContextManager[object]],
+    step: str,
+) -> None:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    module, _, name = step.rpartition(".")
+    original = getattr(pkgutil.resolve_name(module), name)
+    left = [folder]
+
+    def without(*arguments: object, **more: object) -> object:
+        if left:
+            left.pop().rmdir()
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(step, without)
+    with block(folder / "value" if block is atomic_path else folder):
+        assert folder.is_dir()
 
 
 def test_a_new_folder_that_others_have_filled_stays(tmp_path: Path) -> None:

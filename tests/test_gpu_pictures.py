@@ -261,7 +261,7 @@ def test_images_give_the_boxes_that_prepared_input_gives(engine: Engine, confide
                 assert_same(found, wanted)
             assert len(found) == count
     slots: Any = engine
-    recorded = [len(slot._graphs) for slot in slots._pictures._slots]
+    recorded = [len(slot._graphs) for slot in slots._image_slots._slots]
     assert sum(recorded) > 0, "no run was recorded as a CUDA graph"
 
 
@@ -387,4 +387,4 @@ def test_without_graphs_the_boxes_are_the_same(engine: Engine, plan: Path) -> No
             )
             assert_same(found, wanted)
         slots: Any = plain
-        assert not any(slot._graphs for slot in slots._pictures._slots)
+        assert not any(slot._graphs for slot in slots._image_slots._slots)

@@ -301,7 +301,26 @@ def test_markdown_has_as_many_cells_in_every_row(files: list[Path]) -> None:
 def test_quantization_is_held_against_the_models_own_float_engine(files: list[Path]) -> None:
     found = dict(quantization(rows_of(read_material(files))))
     assert list(found) == ["yolov6n", "yolov6s"]
-    assert [round(change or 0, 6) for _, change in found["yolov6s"]] == [0, -1.1, -0.3]
+    assert [round(change or 0, 6) for *_, change in found["yolov6s"]] == [0, -1.1, -0.3]
+
+
+def test_engines_of_one_checkpoint_are_one_model_whatever_their_names(
+    tmp_path: Path, results: dict[str, Any]
+) -> None:
+    named = ("whole", "eight bits", "eight bits, small", "other", "other", "other", "last")
+    origins = ("a", "a", "a", "b", "b", "b", "c")
+    for engine, name, origin in zip(results["engines"], named, origins, strict=True):
+        engine |= {"label": name, "origin_sha256": origin}
+    results["engines"][2]["image_size"] = [320, 320]
+    write_json(tmp_path / "results.json", results)
+    found = quantization(rows_of(read_material([tmp_path])))
+    called = [(title, [name for name, *_ in own]) for title, own in found]
+    # By their own names where their labels differ, in which a precision may come twice.
+    assert called == [
+        ("yolov6n", ["yolov6n fp32", "yolov6n int8"]),
+        ("other", ["fp32", "int8", "int8:6"]),
+    ]
+    assert round(found[0][1][1][2] or 0, 6) == -1.2
 
 
 def test_the_front_holds_what_no_other_engine_beats(files: list[Path]) -> None:

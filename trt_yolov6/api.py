@@ -191,6 +191,7 @@ def compare(
     *,
     again: bool = False,
     baseline: str | Path | Mapping[str, Any] | None = None,
+    other_device: bool = False,
     progress: bool = True,
     **plan: Any,
 ) -> Results:
@@ -204,7 +205,9 @@ def compare(
         output: folder to write to: `results.json`, the engines, and what is kept to continue.
         again: measure latencies again, even if they are there.
         baseline: results, or their folder, that the new ones are to be compared with later: other
-            data or thresholds are refused before anything is built.
+            data or thresholds are refused before anything is built, another device before
+            anything is measured.
+        other_device: take a baseline from another device.
         progress: show a progress bar, if standard error is a terminal.
         plan: fields of `comparison.plan.Plan`, such as `precisions=("fp32", "int8")`,
             `batches=(1, 32)`, `data="samples"`, `calib="calib"`, `rounds=8`, `duration=10`.
@@ -229,7 +232,14 @@ def compare(
     chosen = plan_of(models, **plan)
     if isinstance(baseline, (str, Path)):
         baseline = read_results(baseline)
-    return compare_plan(chosen, output, again=again, baseline=baseline, progress=progress)
+    return compare_plan(
+        chosen,
+        output,
+        again=again,
+        baseline=baseline,
+        other_device=other_device,
+        progress=progress,
+    )
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:

@@ -1,11 +1,12 @@
 """The backends, one row each: the module that implements it and the suffix of its plans.
 
-`engines.base` describes what the module has to offer. Nothing is imported here, so that the command
-line can list the names at once.
+`engines.base` describes what the module has to offer. No backend is imported here, so that the
+command line can list the names at once.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -26,6 +27,9 @@ BACKENDS: dict[str, BackendRow] = {
     "onnxruntime": BackendRow("trt_yolov6.engines.onnxruntime.backend", ".onnx"),
 }
 """Backends by name, the fastest first: `auto` takes the first that works."""
+
+ENGINES = Path("engines")
+"""Default folder of engines."""
 
 PLAN_SUFFIXES = (".trt", ".plan", ".engine")
 """Usual file name extensions of TensorRT's plans."""

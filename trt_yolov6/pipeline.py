@@ -16,6 +16,7 @@ from trt_yolov6.backends import BACKENDS
 from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.common.files import check_writable
 from trt_yolov6.common.progress import a_line_a_minute
+from trt_yolov6.common.ranges import of_class
 from trt_yolov6.data.sources import check_source
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.build import (
@@ -181,7 +182,7 @@ def quantize(
     if not wanted.quantizes:
         raise UserError(f"quantize makes int8 or fp8, not {wanted}; give that to `export`.")
     _given(calibration, wanted)
-    settings = quantization_settings(wanted, settings)
+    settings = quantization_settings(wanted, settings, "settings")
     check_settings(settings)
     _check_labelled(wanted, options)
     data, table = options.get("data"), options.get("table")
@@ -250,7 +251,7 @@ def build(
     _check_paths(source, calibration)
     _check_options("build", options, BuildOptions)
     wanted = None if precision is None else Precision.parse(precision)
-    settings = settings or BuildSettings()
+    settings = of_class(settings, BuildSettings, "settings")
     known = (BatchProfile(), source.batch if isinstance(source, Graph) else None)
     if options.get("batch") is None and settings.batch not in known:
         options = {**options, "batch": settings.batch}
@@ -326,29 +327,30 @@ def _quantized_for(
 
 
 def quantization_settings(
-    precision: Precision, settings: QuantizationSettings | None
+    precision: Precision, settings: QuantizationSettings | None, name: str = "quantization"
 ) -> QuantizationSettings:
     """Return settings whose type, rest and float layers are those of a precision.
 
+    `name` is that of the parameter that they were given as.
+
     Raises:
-        UserError: they say otherwise themselves.
+        UserError: they contradict it themselves.
     """
     from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.quantization.types import FP8, INT8
 
-    given = settings or QuantizationSettings()
+    given = of_class(settings, QuantizationSettings, name)
     result = dataclasses.replace(
         given,
         quantized=FP8 if precision.base == "fp8" else INT8,
         fp16=precision.rest == "fp16",
         float_layers=precision.float_layers or (),
     )
-    for name in ("quantized", "fp16", "float_layers"):
-        said = getattr(given, name)
-        if said not in (getattr(type(given), name), getattr(result, name)):
+    for field in ("quantized", "fp16", "float_layers"):
+        if getattr(given, field) not in (getattr(type(given), field), getattr(result, field)):
             raise UserError(
-                f"`settings` say otherwise than `precision` {precision} what `{name}` is; give it "
-                "in `precision`, such as int8+fp16:6."
+                f"`{name}` contradicts `precision` {precision} on `{field}`; give it in "
+                "`precision`, such as int8+fp16:6."
             )
     return result
 
@@ -484,7 +486,7 @@ def _is_checkpoint(source: str | Path | Checkpoint) -> bool:
     if not isinstance(source, (str, Path)):
         return True
     path = Path(source)
-    if is_named_as_checkpoint(path) or path.suffix.lower() == ".onnx" or not path.is_file():
+    if is_named_as_checkpoint(path) or path.suffix.lower() == ".onnx" or not os.path.isfile(path):
         return is_named_as_checkpoint(path)
     with path.open("rb") as file:
         return file.read(2) in (b"PK", b"\x80\x02")  # an archive, or an early version's pickle
@@ -539,10 +541,10 @@ def _for_tensorrt(graph: Graph) -> Graph:
         return graph
     from trt_yolov6.quantization.qdq.symmetric import with_symmetric_int8
 
-    model, said = with_symmetric_int8(graph.model, graph.source)
-    if said is None:
+    model, note = with_symmetric_int8(graph.model, graph.source)
+    if note is None:
         return graph
-    return dataclasses.replace(graph, model=model, notes=(*graph.notes, said))
+    return dataclasses.replace(graph, model=model, notes=(*graph.notes, note))
 
 
 def _calibrated_by_tensorrt(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trt_yolov6.bench.latency import BenchmarkResult, check_durations, measured
 from trt_yolov6.bench.sampling import Watched
+from trt_yolov6.common.ranges import of_class
 from trt_yolov6.data.images import read_encoded, read_image
 from trt_yolov6.data.loader import fill_row
 from trt_yolov6.detectors.detections import postprocess
@@ -58,7 +59,7 @@ def benchmark_end_to_end_many(
         check_batch(engine, batch)
         empty_input(engine.input, batch)  # whether it fits, before images are decoded for it
     encoded = encoded_images(images)
-    options = options or PredictOptions()
+    options = of_class(options, PredictOptions, "predict")
     runs = [_Request(one, encoded, batch, *resolve(one, options)).watched for one in engines]
     return measured(engines, runs, batch, duration, warm_up, progress=progress)
 

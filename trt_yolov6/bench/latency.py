@@ -236,5 +236,6 @@ def _ms(seconds: float) -> float:
 
 
 def check_durations(duration: float, warm_up: float) -> None:
+    """Raise UserError unless `duration` is above 0 and `warm_up` is not below, both in seconds."""
     fitting(duration, Positive, "`duration`")
     fitting(warm_up, NotNegative, "`warm_up`")

@@ -7,23 +7,30 @@ from collections.abc import Iterator, Sequence
 from trt_yolov6.bench.latency import BenchmarkResult
 from trt_yolov6.bench.sampling import random_input
 from trt_yolov6.common.machine import Gpu
-from trt_yolov6.common.text import aligned, counted, four_digits, joined, of_highest
+from trt_yolov6.common.text import counted, fitted, four_digits, joined, of_highest
 from trt_yolov6.engines.base import Engine
 
 _TOP_LAYERS = 20
 
 
-def format_report(results: Sequence[BenchmarkResult]) -> str:
-    """Return the results as text for a terminal: a line an engine, then where it was measured."""
+def format_report(results: Sequence[BenchmarkResult], width: int | None = None) -> str:
+    """Return the results as text: a line an engine, then how and where it was measured.
+
+    The table has at most `width` columns, if that is not None.
+    """
     first = results[0]
     view = (
         "end to end: encoded images in memory to detections, stages one after the other"
         if first.end_to_end
         else "engine alone: resident input, no pre- or post-processing"
     )
-    names = [result.engine.name for result in results]
-    if len(set(names)) < len(names):
-        names = [str(result.engine) for result in results]
+    names = [str(result.engine) for result in results]
+    for shorter in (
+        [result.engine.name for result in results],
+        [result.engine.stem for result in results],
+    ):
+        if len(set(shorter)) == len(names):
+            names = shorter
     named = list(zip(names, results, strict=True))
     rows = [("engine", "precision", "median ms", "95 % interval", "mean", "p90", "p99", "FPS")]
     for name, result in named:
@@ -44,7 +51,7 @@ def format_report(results: Sequence[BenchmarkResult]) -> str:
         )
     if first.streams > 1:
         view += f"; {first.streams} streams side by side, latencies are of a round"
-    lines = [f"batch {first.batch}, {view}", *aligned(rows, left=2)]
+    lines = [f"batch {first.batch}, {view}", *fitted(rows, 2, width)]
     for name, result in named:
         if result.stages:
             stages = ", ".join(
@@ -73,7 +80,8 @@ def layer_report(engine: Engine, batch: int) -> str:
     times = engine.layer_times(random_input(engine, batch))
     whole = sum(times.values())
     ranked = sorted(times.items(), key=lambda item: item[1], reverse=True)
-    lines = [f"{engine.path.name}: {len(times)} layers, {four_digits(whole * 1e3)} ms one by one"]
+    how = "one by one" if engine.backend == "onnxruntime" else "one by one, without a CUDA graph"
+    lines = [f"{engine.path.name}: {len(times)} layers, {four_digits(whole * 1e3)} ms {how}"]
     lines += [
         f"  {seconds / whole:6.1%}  {four_digits(seconds * 1e6):>8} us  {name}"
         for name, seconds in ranked[:_TOP_LAYERS]
@@ -98,7 +106,7 @@ def _how_measured(result: BenchmarkResult) -> str:
         certainty += f"; {left_out} more were disturbed by other processes and left out"
     drift = ", not yet steady" if result.warm_up.steady is False else ""
     return (
-        f"{latency.runs} runs, {certainty}; after {result.warm_up.runs} to warm up "
+        f"{counted(latency.runs, 'run')}, {certainty}; after {result.warm_up.runs} to warm up "
         f"({result.warm_up.seconds:.1f} s{drift})"
     )
 

@@ -10,6 +10,7 @@ whatever size the pickle names.
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ class TorchArchive(Closing):
 
 def _checked_size(path: Path) -> int:
     """Return a file's size in bytes; refuse, by its first bytes, anything but a zip archive."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder; give the checkpoint file (.pt) in it.")
     try:
         with path.open("rb") as file:

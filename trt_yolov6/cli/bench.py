@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from trt_yolov6.cli import options as common
-from trt_yolov6.cli.engines import load, newest_engine, predict_options
-from trt_yolov6.cli.output import say_next, write_result
-from trt_yolov6.errors import UserError
+from trt_yolov6.cli.engines import load, load_options, newest_engine, predict_options
+from trt_yolov6.cli.output import say_next, width, write_result
 
 
 def add(commands: common.Commands) -> None:
@@ -29,7 +28,7 @@ def add(commands: common.Commands) -> None:
         help="longest time to measure each engine (10)",
     )
     parser.add_argument(
-        "--layers", action="store_true", help="also time each layer; with --no-cuda-graph"
+        "--layers", action="store_true", help="also time each layer, without a CUDA graph"
     )
     parser.add_argument(
         "--end-to-end",
@@ -55,11 +54,9 @@ def add(commands: common.Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask."""
-    from trt_yolov6.api import benchmark
+    from trt_yolov6 import api
     from trt_yolov6.bench.text import format_report, layer_report
 
-    if options.layers and options.cuda_graph:
-        raise UserError("--layers times layers one by one; add --no-cuda-graph.")
     if not (options.end_to_end or options.stages):
         names = "confidence", "iou", "max_detections", "images"
         why = "is for --end-to-end and --stages: the engine alone has no such stage."
@@ -78,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         images = common.or_sample(options.images, "--source", common.SAMPLE_IMAGES)
     detectors = [load(path, options) for path in options.engine or [newest_engine()]]
     engines = [detector.engine for detector in detectors]
-    results = benchmark(
+    results = api.benchmark(
         detectors,
         batch=options.batch,
         streams=options.streams,
@@ -88,10 +85,12 @@ def run(options: argparse.Namespace) -> None:
         warm_up=min(1.0, options.duration),  # no longer than is measured
         progress=not options.quiet,
     )
-    print(format_report(results))
+    print(format_report(results, width()))
     if options.layers:
+        options.cuda_graph = False  # which has no layers
         for engine in engines:
-            print(layer_report(engine, options.batch))
+            with api.load(engine.path, load_options(options), backend=options.backend) as apart:
+                print(layer_report(apart.engine, options.batch))
     if options.json:
         values = [result.to_json() for result in results]
         write_result(options.json, values[0] if len(values) == 1 else values)

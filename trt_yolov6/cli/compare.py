@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from trt_yolov6.cli import options as common
-from trt_yolov6.cli.output import say_next
+from trt_yolov6.cli.output import say_next, width
 
 DEFAULT_OUTPUT = Path("runs/compare")
 
@@ -110,7 +110,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compare, print the results and, with a baseline, the gate's verdict."""
     from trt_yolov6.api import compare
-    from trt_yolov6.comparison.gate import Limits, check, check_comparable, format_verdict
+    from trt_yolov6.comparison.gate import Limits, check, format_verdict
     from trt_yolov6.comparison.plan import plan_of
     from trt_yolov6.comparison.results import FILE, read_results
     from trt_yolov6.comparison.run import side_by_side
@@ -123,14 +123,18 @@ def run(options: argparse.Namespace) -> int:
     # Read first: the comparison may write to where it lies.
     baseline = read_results(options.baseline) if options.baseline else None
     results = compare(
-        plan, options.output, again=options.again, baseline=baseline, progress=not options.quiet
+        plan,
+        options.output,
+        again=options.again,
+        baseline=baseline,
+        other_device=limits.other_device,
+        progress=not options.quiet,
     )
-    print(format_results(results))
+    print(format_results(results, width()))
     print(f"{options.output / FILE}: written")
     if baseline is None:
         say_next(options, "as a page", "report", options.output)
         return 0
-    check_comparable(results, baseline, limits)
     folder = options.baseline if options.baseline.is_dir() else options.baseline.parent
     paired = side_by_side(
         results, options.output, baseline, folder, plan, progress=not options.quiet

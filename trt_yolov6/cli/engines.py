@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trt_yolov6.cli.options import ENGINE_SUFFIXES, ENGINES, chosen, preprocess_changes
+from trt_yolov6.backends import ENGINES
+from trt_yolov6.cli.options import ENGINE_SUFFIXES, chosen, preprocess_changes
 from trt_yolov6.cli.output import say
 from trt_yolov6.errors import UserError
 

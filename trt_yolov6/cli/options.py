@@ -23,7 +23,6 @@ SAMPLE_DATA = Path("samples")
 SAMPLE_IMAGES = SAMPLE_DATA / "images" / "val"
 SAMPLE_CALIB = Path("calib")
 CACHE_VERSION = "8.6.1"
-ENGINES = Path("engines")
 CALIBRATORS = ("auto", "margin", "minmax", "entropy", "percentile", "mse")
 ENGINE_SUFFIXES = {*(row.suffix for row in BACKENDS.values()), *PLAN_SUFFIXES}
 

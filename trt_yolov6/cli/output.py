@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,11 @@ def _no_bar() -> contextlib.AbstractContextManager[object]:
         without: contextlib.AbstractContextManager[object] = tqdm.external_write_mode()
         return without
     return contextlib.nullcontext()
+
+
+def width() -> int | None:
+    """Return how many columns the terminal has; None where the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def say_next(options: argparse.Namespace, what: str, *words: object) -> None:

@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trt_yolov6.errors import UserError
+
+_Made = TypeVar("_Made")
 
 _PART = 2**20
 """Bytes read at a time where the size is not known before."""
@@ -34,7 +36,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     prefix = f".{path.stem[:40]}."
     try:
         with made_folder(path.parent):
-            handle, name = tempfile.mkstemp(path.suffix, prefix, None if in_place else path.parent)
+            place = None if in_place else path.parent
+            handle, name = _made_in(
+                path.parent, lambda: tempfile.mkstemp(path.suffix, prefix, place)
+            )
             os.close(handle)
             temporary = Path(name)
             try:
@@ -58,12 +63,26 @@ def made_folder(folder: Path) -> Iterator[None]:
     """Make a folder and its parents for a block; at its end the new ones go that are empty."""
     new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _made_in(folder, lambda: None)
         yield
     finally:
         with contextlib.suppress(OSError):  # there are files in it
             for one in new:
                 one.rmdir()
+
+
+def _made_in(folder: Path, make: Callable[[], _Made], tries: int = 20) -> _Made:
+    """Make a file in a folder, and the folder where it is missing; return the result of `make`.
+
+    Until there is a file in it, a process that made it and then failed may remove it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return make()
+    except (FileNotFoundError, FileExistsError):  # the last if it goes while it is looked at
+        if not tries:
+            raise
+        return _made_in(folder, make, tries - 1)
 
 
 @contextlib.contextmanager
@@ -99,7 +118,7 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(made_folder(file.parent))
-            handle = os.open(file, os.O_CREAT | os.O_WRONLY)
+            handle = _made_in(file.parent, lambda: os.open(file, os.O_CREAT | os.O_WRONLY))
         except OSError as error:
             raise unwritable(Path(folder), error) from error
         stack.callback(os.close, handle)
@@ -147,7 +166,11 @@ def check_writable(path: str | Path) -> Path:
     """
     path = Path(path)
     # `/dev/stdout` leads to a pipe's name, which no path is.
-    path = path.resolve() if path.is_symlink() and (path.is_file() or not path.exists()) else path
+    try:
+        if path.is_symlink() and (path.is_file() or not path.exists()):
+            path = path.resolve()
+    except OSError as error:  # the name is longer than the system allows
+        raise unwritable(path, error) from error
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file in it.")
     if not path.exists() or path.is_file():
@@ -158,20 +181,21 @@ def check_writable(path: str | Path) -> Path:
     return path
 
 
-def check_folder(folder: Path, said: Path | None = None) -> None:
+def check_folder(folder: Path, shown: Path | None = None) -> None:
     """Check that files can be written into a folder that is there or can be made.
 
     Raises:
-        UserError: they cannot; it names `said`, or else the folder with its whole path.
+        UserError: they cannot; it names `shown`, or else the folder with its whole path.
     """
     folder = folder.absolute()
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir():
+    if there.is_file():
         raise UserError(
-            f"{said or folder} cannot be written ({there} is a file); choose another path."
+            f"{shown or folder} cannot be written ({there} is a file); choose another path."
         )
-    if not os.access(there, os.W_OK):
-        raise _denied(said or folder)
+    # It may have gone since: the new folder of a process that failed.
+    if not os.access(there, os.W_OK) and there.exists():
+        raise _denied(shown or folder)
 
 
 def _denied(path: Path) -> UserError:

@@ -7,12 +7,14 @@ import functools
 import re
 import sys
 import typing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from trt_yolov6.errors import UserError
+
+_Kind = TypeVar("_Kind")
 
 _LARGEST = sys.float_info.max
 
@@ -57,6 +59,22 @@ def plain(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(plain, value))
     return value.item() if getattr(value, "shape", None) == () else value
+
+
+def of_class(value: Any, kind: type[_Kind], name: str) -> _Kind:
+    """Return options that were given, or those by default for None.
+
+    Raises:
+        UserError: they are something else, such as a dictionary; it names `name`.
+    """
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise UserError(
+            f"`{name}` is a {type(value).__name__}; give a {kind.__name__}, such as "
+            f"{kind.__name__}({next(iter(vars(kind())))}=...)."
+        )
+    return value
 
 
 def fitting(value: Any, kind: Any, subject: str, *, strict: bool = True) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 
@@ -21,6 +22,32 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def fitted(rows: Sequence[Sequence[str]], left: int, width: int | None) -> list[str]:
+    """Align columns, of which the first holds names, in lines of at most `width` if that can be.
+
+    Where they are longer, what all names begin with is a line of its own; where that does not do,
+    so is each name. None allows any length.
+    """
+
+    def fit(lines: list[str]) -> bool:
+        return width is None or max(map(len, lines)) <= width
+
+    lines = aligned(rows, left)
+    if fit(lines):
+        return lines
+    head, *body = rows
+    names = [row[0] for row in body]
+    shared = os.path.commonprefix(names)  # noqa: RUF071 - letters, not folders
+    shared = shared[: 1 + max(map(shared.rfind, "/ -_."))]
+    if shared and len(set(names)) > 1:
+        short = [(row[0].removeprefix(shared), *row[1:]) for row in body]
+        lines = [f"{shared}...", *aligned([head, *short], left)]
+        if fit(lines):
+            return lines
+    first, *others = (f"  {line}" for line in aligned([row[1:] for row in rows], left - 1))
+    return [first, *(line for pair in zip(names, others, strict=True) for line in pair)]
 
 
 def joined(*parts: object) -> str:

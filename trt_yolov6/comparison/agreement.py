@@ -20,7 +20,7 @@ import numpy as np
 
 from trt_yolov6.common.files import sha256_bytes, sha256_file
 from trt_yolov6.common.statistics import Interval
-from trt_yolov6.comparison.engines import BuiltCase, Work
+from trt_yolov6.comparison.engines import BuiltCase, Work, origins
 from trt_yolov6.data.calibration import calibration_images
 from trt_yolov6.data.coco import CocoDataset
 from trt_yolov6.detectors.detections import Detections
@@ -73,9 +73,10 @@ def agreements(
         One an engine; None for a float one, and for one without a float engine to hold against.
     """
     pairs = list(zip(built, accuracies, strict=True))
+    known = origins(built)
     found = []
-    for one, own in pairs:
-        base = None if own["precision"] in FLOAT else _float_engine(one, own, pairs)
+    for index, (one, own) in enumerate(pairs):
+        base = None if own["precision"] in FLOAT else _float_engine(index, pairs, known)
         found.append(None if base is None else _agreement(work, dataset, (one, own), base))
     return found
 
@@ -83,19 +84,23 @@ def agreements(
 _Measured = tuple[BuiltCase, Mapping[str, Any]]
 
 
-def _float_engine(
-    one: BuiltCase, own: Mapping[str, Any], pairs: Sequence[_Measured]
-) -> _Measured | None:
-    """Return the same model's float engine of the same image size, on any backend."""
-    for precision in FLOAT:
-        for other, found in pairs:
-            if (
-                found["precision"] == precision
-                and found["found"]
-                and other.case.entry.label == one.case.entry.label
-                and found["image_size"] == own["image_size"]
-            ):
-                return other, found
+def _float_engine(index: int, pairs: Sequence[_Measured], known: Sequence[str]) -> _Measured | None:
+    """Return the same model's float engine of the same image size, on any backend.
+
+    It is of the same origin, else of the same name.
+    """
+    labels = [one.case.entry.label for one, _ in pairs]
+    for names in (known, labels):
+        for precision in FLOAT:
+            for pair, name in zip(pairs, names, strict=True):
+                found = pair[1]
+                if (
+                    found["precision"] == precision
+                    and found["found"]
+                    and name == names[index]
+                    and found["image_size"] == pairs[index][1]["image_size"]
+                ):
+                    return pair
     return None
 
 

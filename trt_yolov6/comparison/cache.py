@@ -45,7 +45,7 @@ class Steps:
         """
         value: Value = self.find(kind, inputs)
         if value is None or not is_whole(value):
-            value = work()
+            value = _plain(work())  # the same types as when it is found again
             if value is not None:
                 self.keep(kind, inputs, value)
         return value
@@ -82,6 +82,6 @@ def key_of(inputs: Inputs) -> str:
     return sha256_bytes(text.encode())
 
 
-def _plain(inputs: Inputs) -> Any:
-    """Return the inputs as they come back from a JSON file."""
-    return json.loads(json.dumps(inputs))
+def _plain(value: Any) -> Any:
+    """Return a value as it comes back from a JSON file."""
+    return json.loads(json.dumps(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,12 +304,33 @@ def _not_taken(case: Case, batches: Sequence[int], takes: str) -> tuple[str, ...
     return (f"{case.name} takes {takes}: batch {missing} was not measured.",)
 
 
+def origins(built: Sequence[BuiltCase]) -> list[str]:
+    """Return the SHA-256 of the checkpoint that each engine is of, by its manifest.
+
+    Of a network without one it is that of the file that the engine was built from, or, where that
+    is an engine of the comparison, that one was; without a manifest it is the engine's own.
+    """
+    own = [one.sha256[one.largest] for one in built]
+    manifests = [read_manifest(one.files[one.largest]) for one in built]
+    sources = {
+        sha256: source
+        for sha256, manifest in zip(own, manifests, strict=True)
+        if manifest is not None
+        # ONNX Runtime's engine of an engine's file is that file again.
+        and (source := manifest.checkpoint_sha256 or manifest.source_sha256) not in ("", sha256)
+    }
+    found = own
+    for _ in sources:
+        found = [sources.get(sha256, sha256) for sha256 in found]
+    return found
+
+
 # --- what a file is -----------------------------------------------------------------------------
 
 
 def _source(work: Work, entry: ModelEntry) -> SourceFile:
     path = entry.path
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path} does not exist; check the path.")
     if is_named_as_checkpoint(path) and (entry.names or entry.decoder or entry.preprocess):
         raise UserError(

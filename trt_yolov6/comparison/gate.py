@@ -88,8 +88,8 @@ def check(
         if name is None:
             failures.append(f"{engine['engine']}: the baseline has it, this comparison does not")
             continue
-        called = _called(name, engine["engine"])
-        text, ok = _judge_ap(called, now[name]["AP"], engine["AP"], limits.max_ap_drop)
+        subject = _subject(name, engine["engine"])
+        text, ok = _judge_ap(subject, now[name]["AP"], engine["AP"], limits.max_ap_drop)
         (passed if ok else failures).append(text)
     timings = {(timing["engine"], timing["batch"]): timing for timing in results["timings"]}
     for timing in baseline["timings"]:
@@ -97,20 +97,20 @@ def check(
         if name is None:
             continue
         key = name, timing["batch"]
-        called = f"{_called(name, timing['engine'])}, batch {key[1]}"
+        subject = f"{_subject(name, timing['engine'])}, batch {key[1]}"
         side_by_side = (paired or {}).get(key)
         if key not in timings:
-            failures.append(f"{called}: the baseline has a latency, this comparison does not")
+            failures.append(f"{subject}: the baseline has a latency, this comparison does not")
             continue
         if side_by_side == SAME_ENGINE:
-            passed.append(f"{called}: same engine, not measured again")
+            passed.append(f"{subject}: same engine, not measured again")
             continue
         before, after = latency_of(timing), latency_of(timings[key])
         ratio = side_by_side or ratio_of(after, before)
         how = ", side by side" if side_by_side else ""
         slower = _percent(ratio.value)
         text = (
-            f"{called}: {slower} ({before.value:.4g} to {after.value:.4g} ms; "
+            f"{subject}: {slower} ({before.value:.4g} to {after.value:.4g} ms; "
             f"between {_percent(ratio.low)} and {_percent(ratio.high)} with noise{how}; allowed "
             f"{limits.max_slowdown:+g} %)"
         )
@@ -148,7 +148,7 @@ def _identity(engine: Mapping[str, Any]) -> tuple[Any, ...] | None:
     return sha256, engine.get("precision"), engine.get("backend"), size
 
 
-def _called(name: str, before: str) -> str:
+def _subject(name: str, before: str) -> str:
     return name if name == before else f"{name} ({before} in the baseline)"
 
 
@@ -161,17 +161,31 @@ def check_comparable(
         UserError: it is of another data set, other thresholds, or another device.
     """
     check_basis(results["data"], results["settings"], baseline)
-    if limits.other_device:
-        return
-    devices = [
-        sorted({engine["device"] for engine in value["engines"]}) for value in (results, baseline)
-    ]
-    if devices[0] != devices[1]:
-        raise UserError(
-            f"the baseline was measured on {', '.join(devices[1]) or 'no device'}, this comparison "
-            f"on {', '.join(devices[0]) or 'no device'}; make a baseline here, or give "
-            "`other_device`.",
-        )
+    devices = _devices(results)
+    if not limits.other_device and devices != _devices(baseline):
+        raise _of_another_device(devices, baseline)
+
+
+def check_device(device: str, baseline: Mapping[str, Any]) -> None:
+    """Refuse a baseline that has no engine on a device that is about to be measured.
+
+    Raises:
+        UserError: it was measured elsewhere.
+    """
+    if device not in _devices(baseline):
+        raise _of_another_device({device}, baseline)
+
+
+def _devices(results: Mapping[str, Any]) -> set[str]:
+    return {engine["device"] for engine in results["engines"]}
+
+
+def _of_another_device(devices: set[str], baseline: Mapping[str, Any]) -> UserError:
+    before, now = (", ".join(sorted(some)) or "no device" for some in (_devices(baseline), devices))
+    return UserError(
+        f"the baseline was measured on {before}, this comparison on {now}; make a baseline here, "
+        "or give `other_device`."
+    )
 
 
 def check_basis(

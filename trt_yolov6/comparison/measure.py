@@ -150,8 +150,8 @@ def _annotations_sha256(dataset: CocoDataset) -> str:
     """Return the hash of a COCO file, or of what the many files of other formats say."""
     if dataset.annotation_file.suffix == ".json":
         return sha256_file(dataset.annotation_file)
-    said = [list(dataset.class_names), list(dataset.annotations)]
-    return sha256_bytes(json.dumps(said, sort_keys=True).encode())
+    content = [list(dataset.class_names), list(dataset.annotations)]
+    return sha256_bytes(json.dumps(content, sort_keys=True).encode())
 
 
 # --- latency ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from trt_yolov6 import __version__
 from trt_yolov6.common.files import write_bytes
 from trt_yolov6.common.machine import cpu_model
 from trt_yolov6.common.statistics import ratio_interval
-from trt_yolov6.comparison.engines import BuiltCase, Work
+from trt_yolov6.comparison.engines import BuiltCase, Work, origins
 from trt_yolov6.comparison.machine import environment
 from trt_yolov6.comparison.measure import Timings
 from trt_yolov6.comparison.plan import settings_of
@@ -47,7 +47,9 @@ def results_of(
     The arguments are what the functions of those names in `measure` and `agreement` returned;
     accuracies, agreements and layers one an engine, layers also none.
     """
-    engines = [_engine(*one) for one in zip(built, accuracies, agreements, strict=True)]
+    engines = [
+        _engine(*one) for one in zip(built, accuracies, agreements, origins(built), strict=True)
+    ]
     rows = [
         _timing(one, batch, rounds, engine["device"])
         for batch in work.plan.batches
@@ -84,7 +86,7 @@ def results_of(
 
 
 def _engine(
-    built: BuiltCase, found: Mapping[str, Any], agreement: Mapping[str, Any] | None
+    built: BuiltCase, found: Mapping[str, Any], agreement: Mapping[str, Any] | None, origin: str
 ) -> dict[str, Any]:
     record, case = built.records[built.largest], built.case
     precision = str(case.choice) if case.choice else record.get("precision", found["precision"])
@@ -97,6 +99,7 @@ def _engine(
         "image_size": found["image_size"],
         "source": case.entry.path.name,
         "source_sha256": case.source.sha256,
+        "origin_sha256": origin,
         "parameters": record.get("parameters"),
         "flops": record.get("flops"),
         "bytes": built.files[built.largest].stat().st_size,
@@ -161,7 +164,7 @@ def _examples(
     accuracies: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     records = []
-    classes = {number: index for index, number in enumerate(dataset.category_ids)}
+    classes = dataset.class_indices
     for index, image in enumerate(evenly(dataset.images, work.plan.examples)):
         picture = Path("examples") / f"{index}.jpg"
         content = _small_jpeg(image)

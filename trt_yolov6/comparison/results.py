@@ -11,10 +11,11 @@ in pixels, hashes SHA-256 in hexadecimal, dates ISO 8601; an interval is [low, h
     settings          the plan, without its models
     engines           one record an engine (two batch sizes of one plan are one engine):
                       engine (its name), label, model, precision, backend, backend_version, device,
-                      threads, note, image_size, source, source_sha256, parameters, flops, bytes,
-                      calibration, float_layers, build_s, and of its accuracy AP, AP50, AP75, APs,
-                      APm, APl, images, detections, per_class; agreement: of a quantized engine
-                      with its model's float one (else null): with (that engine), value (AP of its
+                      threads, note, image_size, source, source_sha256, origin_sha256 (of the
+                      checkpoint or graph that it is of), parameters, flops, bytes, calibration,
+                      float_layers, build_s, and of its accuracy AP, AP50, AP75, APs, APm, APl,
+                      images, detections, per_class; agreement: of a quantized engine with its
+                      model's float one (else null): with (that engine), value (AP of its
                       detections against the float ones above 0.3) and its bootstrap interval over
                       images, ap_change (to float: value, interval), images, and calibrated_on, how
                       many of these calibrated it
@@ -35,6 +36,7 @@ in pixels, hashes SHA-256 in hexadecimal, dates ISO 8601; an interval is [low, h
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,6 +124,7 @@ class _Calibration(TypedDict, total=False):
 
 
 class _EngineDetails(TypedDict, total=False):
+    origin_sha256: str
     agreement: _Agreement | None
     calibration: _Calibration | None
     float_layers: list[str]
@@ -240,7 +243,7 @@ def read_results(path: str | Path) -> Results:
         UserError: there is none, or it is damaged or of another schema.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / FILE
     value = read_json(path)
     if not isinstance(value, dict) or value.get("kind") != KIND:

@@ -17,7 +17,7 @@ from trt_yolov6.common.statistics import Interval, ratio_interval
 from trt_yolov6.comparison.agreement import agreements
 from trt_yolov6.comparison.cache import Steps
 from trt_yolov6.comparison.engines import Work, build_case, cases_of
-from trt_yolov6.comparison.gate import SAME_ENGINE, check_basis, matched
+from trt_yolov6.comparison.gate import SAME_ENGINE, check_basis, check_device, matched
 from trt_yolov6.comparison.measure import accuracy, data_record, measure_layers, measure_timings
 from trt_yolov6.comparison.plan import Plan, settings_of
 from trt_yolov6.comparison.records import results_of
@@ -41,6 +41,7 @@ def compare(
     *,
     again: bool = False,
     baseline: Mapping[str, Any] | None = None,
+    other_device: bool = False,
     progress: bool = True,
 ) -> Results:
     """Compare detectors and write `results.json`.
@@ -54,7 +55,8 @@ def compare(
     Raises:
         UserError: a file is missing or of no kind that can be compared, two engines have one name,
             a precision cannot be built here, the output cannot be written, or the baseline is of
-            other data or thresholds, which is found out before anything is built.
+            other data or thresholds, which is found out before anything is built, or of another
+            device, which the first engine's tells.
     """
     output = Path(output)
     check_writable(output / FILE)
@@ -68,10 +70,15 @@ def compare(
         check_basis(data, settings_of(plan), baseline)
     steps = (2 + plan.layers) * len(cases) + plan.rounds
     built, accuracies, layers = [], [], []
+    checked = set()
     with progress_bar(steps, shown=progress, **_BAR) as bar:
         for case in cases:
             bar.set_description(f"building {case.name}")
             built.append(build_case(work, case))
+            if baseline is not None and not other_device and case.backend not in checked:
+                with built[-1].load(plan, built[-1].largest) as engine:
+                    check_device(engine.device, baseline)
+                checked.add(case.backend)
             bar.update()
         for one in built:
             bar.set_description(f"AP of {one.name}")

@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trt_yolov6.common.text import aligned, four_digits
+from trt_yolov6.common.text import fitted, four_digits
 from trt_yolov6.comparison.results import latency_of
 
 
-def format_results(results: Mapping[str, Any]) -> str:
-    """Return the results as text: a line an engine and batch size, then what is to be known."""
+def format_results(results: Mapping[str, Any], width: int | None = None) -> str:
+    """Return the results as text: a line an engine and batch size, then what is to be known.
+
+    The table has at most `width` columns, if that is not None.
+    """
     engines = {engine["engine"]: engine for engine in results["engines"]}
     ratios = {(one["engine"], one["batch"]): one for one in results["ratios"]}
-    first = results["engines"][0]["engine"]
-    rows = [
-        ("engine", "AP", "AP50", "batch", "median ms", "95 % interval", "FPS", f"time to {first}")
-    ]
+    rows = [("engine", "AP", "AP50", "batch", "median ms", "95 % interval", "FPS", "time / first")]
     for timing in results["timings"]:
         engine = engines[timing["engine"]]
         latency = latency_of(timing)
         ratio = ratios.get((timing["engine"], timing["batch"]))
         rows.append(
             (
-                timing["engine"] + (" *" if timing["disturbed"] else ""),
+                timing["engine"],
                 ap_text(engine["AP"]),
                 ap_text(engine["AP50"]),
                 str(timing["batch"]),
-                four_digits(latency.value),
+                four_digits(latency.value) + (" *" if timing["disturbed"] else ""),
                 f"{four_digits(latency.low)} .. {four_digits(latency.high)}",
                 four_digits(timing["throughput_fps"]),
                 "" if ratio is None else ratio_text(ratio),
@@ -37,7 +37,7 @@ def format_results(results: Mapping[str, Any]) -> str:
     lines = [
         f"{data['images']} images of {data['root']}, {data['split']}; engine alone, resident "
         f"input, {results['settings']['rounds']} rounds",
-        *aligned(rows),
+        *fitted(rows, 1, width),
     ]
     if any(timing["disturbed"] for timing in results["timings"]):
         lines.append("* other processes disturbed too many runs; the interval allows for that")

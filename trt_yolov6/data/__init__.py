@@ -1,1 +1,1 @@
-"""Images in: decoding, letterbox, COCO-format data sets, batches for an engine."""
+"""Images in: decoding, letterbox, data sets in three formats, batches for an engine."""

@@ -17,10 +17,10 @@ _PLACEHOLDER = re.compile(r"class_\d+")
 class ClassMatch:
     """Mapping from a detector's classes to a data set's."""
 
-    places: tuple[int | None, ...]
+    matches: tuple[int | None, ...]
     """Index in the data set of each class of the detector; None where absent."""
     kept: tuple[int, ...]
-    """The data set's classes that count, by their places, ascending."""
+    """The data set's classes that count, by their indices, ascending."""
     notes: tuple[str, ...]
     """Notes for the user, as sentences. None where both sides agree class by class."""
 
@@ -56,14 +56,14 @@ def match_classes(
     own, other = _keys(names, data_names), _keys(data_names, names)
     if own is None or other is None:
         return _by_order(engine, names, data, data_names, used)
-    place_of = {key: place for place, key in enumerate(other)}
-    places: list[int | None] = [place_of.get(key) for key in own]
-    left = [index for index, place in enumerate(places) if place is None]
-    unknown = [place for place, key in enumerate(other) if key not in set(own)]
+    index_of = {key: index for index, key in enumerate(other)}
+    matches: list[int | None] = [index_of.get(key) for key in own]
+    left = [index for index, match in enumerate(matches) if match is None]
+    unknown = [index for index, key in enumerate(other) if key not in set(own)]
     if len(unknown) > len(left) or len(names) != len(data_names):
         # A category nobody annotated, such as the one Roboflow puts above all.
-        without = [place for place in unknown if not used[place]]
-        unknown = [place for place in unknown if used[place]]
+        without = [index for index in unknown if not used[index]]
+        unknown = [index for index in unknown if used[index]]
     else:
         without = []
     notes = []
@@ -71,13 +71,13 @@ def match_classes(
         notes.append(_left_out(data, data_names, without))
     if unknown:
         if len(left) != len(unknown) or len(names) != len(data_names) - len(without):
-            missing = ", ".join(data_names[place] for place in unknown[:5])
+            missing = ", ".join(data_names[index] for index in unknown[:5])
             raise ClassesDifferError(
                 f"{engine} knows {len(names)} classes ({_listed(names)}), but not {missing} of "
                 f"{data}; evaluate the engine on the data set it was trained for."
             )
-        for index, place in zip(left, unknown, strict=True):
-            places[index] = place
+        for own_index, index in zip(left, unknown, strict=True):
+            matches[own_index] = index
         pairs = ", ".join(
             f"{names[i]} as {data_names[p]}" for i, p in zip(left, unknown, strict=True)
         )
@@ -87,17 +87,17 @@ def match_classes(
             f"classes of {engine} that are not in {data} are not counted: "
             f"{_listed([names[index] for index in left])}"
         )
-    found = [place for place in places if place is not None]
+    found = [index for index in matches if index is not None]
     if found != sorted(found):
         notes.append(f"classes matched by name: {engine} and {data} have them in different orders")
-    kept = [place for place in range(len(data_names)) if place not in without]
-    return ClassMatch(tuple(places), tuple(kept), tuple(notes))
+    kept = [index for index in range(len(data_names)) if index not in without]
+    return ClassMatch(tuple(matches), tuple(kept), tuple(notes))
 
 
 def order_by_name(
     names: Sequence[str], data_names: Sequence[str], used: Sequence[bool]
 ) -> tuple[int | None, ...] | None:
-    """Return the place in a network's order of each class of a data set that has the same ones.
+    """Return the index in a network's order of each class of a data set that has the same ones.
 
     Args:
         names: the network's.
@@ -111,10 +111,10 @@ def order_by_name(
     own, other = _keys(names, data_names), _keys(data_names, names)
     if own is None or other is None or not set(own) <= set(other):
         return None
-    place_of = {key: place for place, key in enumerate(own)}
-    places = tuple(place_of.get(key) for key in other)
-    is_known = all(place is not None or not use for place, use in zip(places, used, strict=True))
-    return places if is_known else None
+    index_of = {key: index for index, key in enumerate(own)}
+    order = tuple(index_of.get(key) for key in other)
+    is_known = all(index is not None or not use for index, use in zip(order, used, strict=True))
+    return order if is_known else None
 
 
 def _by_order(
@@ -131,13 +131,13 @@ def _by_order(
         if (twice := next((name for name in its if its.count(name) > 1), None))
     ]
     if len(kept) != len(names):
-        kept = [place for place in kept if used[place]]
+        kept = [index for index in kept if used[index]]
         if len(kept) != len(names):
             raise ClassesDifferError(
                 f"{engine} knows {len(names)} classes, {data} has {len(data_names)}; evaluate the "
                 "engine on the data set it was trained for."
             )
-        without = [place for place in range(len(data_names)) if not used[place]]
+        without = [index for index in range(len(data_names)) if not used[index]]
         notes.append(_left_out(data, data_names, without))
     return ClassMatch(tuple(kept), tuple(kept), tuple(notes))
 
@@ -151,8 +151,8 @@ def _keys(names: Sequence[str], others: Sequence[str]) -> list[str] | None:
     return keys if len(set(keys)) == len(keys) else None
 
 
-def _left_out(data: str | Path, names: Sequence[str], places: Sequence[int]) -> str:
-    listed = _listed([names[place] for place in places])
+def _left_out(data: str | Path, names: Sequence[str], indices: Sequence[int]) -> str:
+    listed = _listed([names[index] for index in indices])
     return f"left out of {data}, as no object is of it: {listed}"
 
 

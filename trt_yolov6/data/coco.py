@@ -42,7 +42,7 @@ OVERHANG = 0.01
 Corners = tuple[float, float, float, float]
 
 Objects = tuple[NDArray[np.float64], NDArray[np.int64]]
-"""Corners (n, 4) of boxes in pixels, and their classes' places in `category_ids`."""
+"""Corners (n, 4) of boxes in pixels, and their classes' indices in `category_ids`."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,17 @@ class CocoDataset:
     annotation_file: Path
     images: tuple[CocoImage, ...]
     category_ids: tuple[int, ...]
-    """The file's category ids, ascending; a class index is a place in this list."""
+    """The file's category ids, ascending, by class index."""
     class_names: tuple[str, ...]
     annotations: tuple[Mapping[str, Any], ...] = field(repr=False)
     """Boxes as pycocotools wants them: id (from 1), image_id, category_id, bbox, area, iscrowd."""
     notes: tuple[str, ...] = ()
     """Notes for the reader of an AP on it."""
+
+    @property
+    def class_indices(self) -> dict[int, int]:
+        """Class index by category id."""
+        return {number: index for index, number in enumerate(self.category_ids)}
 
     def used(self) -> list[bool]:
         """Return, of each class, whether any object is of it."""
@@ -87,16 +92,16 @@ class CocoDataset:
 
     def grouped(self, corners: Iterable[Corners | None]) -> dict[int, Objects]:
         """Return objects by image, from each annotation's corners; None leaves it out."""
-        place_of = {number: place for place, number in enumerate(self.category_ids)}
+        index_of = self.class_indices
         found: dict[int, list[tuple[Corners, int]]] = {image.id: [] for image in self.images}
         for item, box in zip(self.annotations, corners, strict=True):
-            place = place_of.get(item["category_id"])
-            if box is not None and place is not None and item["image_id"] in found:
-                found[item["image_id"]].append((box, place))
+            index = index_of.get(item["category_id"])
+            if box is not None and index is not None and item["image_id"] in found:
+                found[item["image_id"]].append((box, index))
         return {
             number: (
                 np.array([box for box, _ in items], np.float64).reshape(-1, 4),
-                np.array([place for _, place in items], np.int64),
+                np.array([index for _, index in items], np.int64),
             )
             for number, items in found.items()
         }
@@ -201,8 +206,8 @@ def read_annotations(
         raise malformed(source.file, "it has no list 'annotations'")
     images, problems = _images(source, records)
     judge = _Judge(records, categories, images, problems)
-    for place, entry in enumerate(entries, start=1):
-        judge.take(place, entry, crowds=crowds)
+    for position, entry in enumerate(entries, start=1):
+        judge.take(position, entry, crowds=crowds)
     sizes = [images[entry["image_id"]] for entry in judge.annotations]
     check_units(
         source.file,
@@ -282,7 +287,7 @@ class _Record(NamedTuple):
     """An image or a category of the file."""
 
     id: int
-    """Id in the file, or the place from 1 on where ids are not integers."""
+    """Id in the file, or the position from 1 on where ids are not integers."""
     text: str
     """File name, or name of the class."""
     fields: Mapping[str, Any]
@@ -294,22 +299,23 @@ def _records(source: Source, key: str, what: str, text: str) -> dict[object, _Re
     if not isinstance(records, list) or not records:
         raise malformed(source.file, f"it has no {key}")
     found: dict[object, _Record] = {}
-    for place, record in enumerate(records):
+    for index, record in enumerate(records):
         fields = record if isinstance(record, dict) else {}
         own, name = identity(fields.get("id")), fields.get(text)
         if text == "name" and isinstance(name, (int, float)):
             name = str(name)
         is_id = isinstance(own, str) or (isinstance(own, int) and abs(own) < 2**63)
         if not is_id or not isinstance(name, str):
-            told = f"entry {place} of {key!r} lacks {text if is_id else 'id'!r} or has a wrong one"
-            raise malformed(source.file, told)
+            fault = f"entry {index} of {key!r} lacks {text if is_id else 'id'!r} or has a wrong one"
+            raise malformed(source.file, fault)
         if own in found:
             raise malformed(source.file, f"{what} id {own} occurs twice")
         found[own] = _Record(own if isinstance(own, int) else -1, name, fields)
     if all(isinstance(own, int) for own in found):
         return found
     return {
-        own: record._replace(id=place) for place, (own, record) in enumerate(found.items(), start=1)
+        own: record._replace(id=number)
+        for number, (own, record) in enumerate(found.items(), start=1)
     }
 
 
@@ -323,16 +329,16 @@ def _images(
         name, path = record.text, find_image(record.text, source.folders)
         # `find_image` leaves out folders, where they are another machine's.
         if path is not None and path in names:
-            told = f"image {name} is listed twice, the second time with id {own}"
+            fault = f"image {name} is listed twice, the second time with id {own}"
             if names[path] != name:
-                told = f"{names[path]} and {name} are both found as {path}"
-            raise malformed(source.file, told)
+                fault = f"{names[path]} and {name} are both found as {path}"
+            raise malformed(source.file, fault)
         if path is not None:
             names[path] = name
         height, width = (whole(record.fields.get(key)) for key in ("height", "width"))
         if path is None:
-            told = f"image {name} is not in {source.folders[0]}"
-            problems.append(Problem(name, "missing-image", told))
+            fault = f"image {name} is not in {source.folders[0]}"
+            problems.append(Problem(name, "missing-image", fault))
         elif isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
             images[record.id] = CocoImage(record.id, path, height, width)
         else:
@@ -362,33 +368,33 @@ class _Judge:
     crowds: int = 0
     seen: set[tuple[object, ...]] = field(default_factory=set)
 
-    def take(self, place: int, entry: Any, *, crowds: bool) -> None:
-        """Judge an annotation, the `place`th of the file."""
+    def take(self, position: int, entry: Any, *, crowds: bool) -> None:
+        """Judge an annotation, the `position`th of the file."""
         fields = entry if isinstance(entry, dict) else {}
         is_crowd = bool(flag(fields.get("iscrowd")))
         self.crowds += is_crowd
         if is_crowd and not crowds:
             return
         if fields is entry:
-            kind, told = self._judged(fields, is_crowd=is_crowd)
+            kind, fault = self._judged(fields, is_crowd=is_crowd)
         else:
-            kind, told = "malformed", "is not a JSON object"
+            kind, fault = "malformed", "is not a JSON object"
         if kind is None:
             return
         record = self.records.get(identity(fields.get("image_id")))
         image = record.text if record else None
         label = whole(fields.get("id"))
-        called = f"annotation {label if isinstance(label, int) else f'number {place}'}"
-        called = fields.get("where") or (f"{called} of image {image}" if image else called)
+        subject = f"annotation {label if isinstance(label, int) else f'number {position}'}"
+        subject = fields.get("where") or (f"{subject} of image {image}" if image else subject)
         found = self.clipped if kind == "clipped" else self.problems
-        found.append(Problem(image, kind, f"{called} {told}"))
+        found.append(Problem(image, kind, f"{subject} {fault}"))
 
     def _judged(self, entry: Mapping[str, Any], *, is_crowd: bool) -> tuple[Kind | None, str]:
         """Keep an annotation if it is well-formed; return what is wrong with it, if anything."""
         record = self.records.get(identity(entry.get("image_id")))
         if record is None:
-            told = f"is for image {_short(entry.get('image_id'))}, which is not listed"
-            return "unknown-image", told
+            fault = f"is for image {_short(entry.get('image_id'))}, which is not listed"
+            return "unknown-image", fault
         written = entry.get("bbox")
         box: Any = [number(value) for value in written] if isinstance(written, list) else []
         if len(box) != 4 or not all(type(value) in (int, float) for value in box):
@@ -396,14 +402,14 @@ class _Judge:
             return "malformed", f"has {_short(written)} where {wanted} should be"
         category = self.categories.get(identity(entry.get("category_id")))
         if category is None:
-            told = f"is of category {_short(entry.get('category_id'))}, which is not listed"
-            return "unknown-class", f"{told}{entry.get('numbering', '')}"
-        told = f"has the box {_short(written)}"
+            fault = f"is of category {_short(entry.get('category_id'))}, which is not listed"
+            return "unknown-class", f"{fault}{entry.get('numbering', '')}"
+        fault = f"has the box {_short(written)}"
         x, y, width, height = map(_float, box)
         if not all(map(math.isfinite, (x, y, x + width, y + height, width * height))):
-            return "not-finite", f"{told}, which is not finite"
+            return "not-finite", f"{fault}, which is not finite"
         if min(width, height) < 0:
-            return "malformed", f"{told}, whose sides are negative"
+            return "malformed", f"{fault}, whose sides are negative"
         image = self.images.get(record.id)
         if image is None:  # a problem by itself
             return None, ""
@@ -425,17 +431,17 @@ class _Judge:
         key = (record.id, category.id, inside)
         kind: Kind | None = None
         if not width or not height:
-            kind, told = "empty-box", f"{told}, which has no area"
+            kind, fault = "empty-box", f"{fault}, which has no area"
         elif inside[2] <= inside[0] or inside[3] <= inside[1]:
-            kind, told = "outside", f"{told}, which lies outside {size}"
+            kind, fault = "outside", f"{fault}, which lies outside {size}"
         elif key in self.seen:
-            kind, told = "duplicate", f"repeats the box {_short(written)} of another one"
+            kind, fault = "duplicate", f"repeats the box {_short(written)} of another one"
         self.corners.append(inside if kind is None else None)
         if kind is None:
             self.seen.add(key)
             if max(-x, -y, right - image.width, bottom - image.height) > OVERHANG:
-                kind, told = "clipped", f"{told}, which reaches beyond {size}"
-        return kind, told
+                kind, fault = "clipped", f"{fault}, which reaches beyond {size}"
+        return kind, fault
 
 
 def _float(value: object) -> float:

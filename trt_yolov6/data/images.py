@@ -47,9 +47,10 @@ def list_images(path: str | Path) -> list[Path]:
         UserError: the path is missing, or the folder holds no image.
     """
     path = Path(path)
-    if path.is_file():
+    # `Path.is_file` raises OSError where a name is longer than the system allows.
+    if os.path.isfile(path):
         return [path]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path} does not exist; check the path.")
     images = images_below(path)
     if not images:

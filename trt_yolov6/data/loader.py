@@ -159,8 +159,8 @@ def fill_row(
     boxed, placed = letterbox(image, size, border, how.fit, how.interpolation)
     # Splitting first keeps the conversion to float on contiguous memory: half the time.
     planes = cv2.split(boxed)
-    for plane, (place, mean, std) in zip(row, how.channels, strict=True):
-        source = planes[place]
+    for plane, (channel, mean, std) in zip(row, how.channels, strict=True):
+        source = planes[channel]
         if mean:
             np.subtract(source, np.float32(mean), out=plane, casting="same_kind")
             source = plane

@@ -118,12 +118,12 @@ def find_media(source: str | Path) -> Pictures | Video:
     if is_address(text):
         return _from_address(text)
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(path):
         pictures = tuple(
             Picture(one.relative_to(path).as_posix(), str(one), one) for one in list_images(path)
         )
         return Pictures(pictures, is_single=False)
-    if path.is_file():
+    if os.path.isfile(path):
         return _from_file(path)
     if text.isascii() and text.isdigit():
         return Video(text, f"camera{text}", is_live=True)
@@ -263,9 +263,9 @@ def open_video(video: Video, limit: int | None, stop: Callable[[], bool]) -> Cli
                 "it is running."
             )
         raise UserError(f"{video.address} is damaged or not a video; replace it.")
-    told = capture.get(cv2.CAP_PROP_FPS)
+    stated = capture.get(cv2.CAP_PROP_FPS)
     if rate is None:
-        rate = told if math.isfinite(told) and 0 < told <= 1000 else 25.0
+        rate = stated if math.isfinite(stated) and 0 < stated <= 1000 else 25.0
     announced = 0 if video.is_live else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     if limit is not None and announced:
         announced = min(announced, limit)
@@ -313,7 +313,7 @@ def _usual_rate(address: str) -> float | None:
         times: list[float] = []
         while len(times) < _LOOKED_AT and capture.grab():
             times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
-        told = capture.get(cv2.CAP_PROP_FPS)
+        stated = capture.get(cv2.CAP_PROP_FPS)
     finally:
         capture.release()
     steps = np.diff(times)
@@ -322,8 +322,8 @@ def _usual_rate(address: str) -> float | None:
         return None
     usual = 1 / float(np.median(steps))
     even = np.abs(steps - np.median(steps)).max() < 0.0015  # times in whole milliseconds
-    is_told = math.isfinite(told) and told > 0 and abs(usual / told - 1) < 0.1
-    return None if even and is_told else min(usual, 120.0)
+    is_right = math.isfinite(stated) and stated > 0 and abs(usual / stated - 1) < 0.1
+    return None if even and is_right else min(usual, 120.0)
 
 
 def _opened(address: str) -> cv2.VideoCapture:

@@ -72,7 +72,7 @@ class Preprocessing:
     def channels(self) -> tuple[tuple[int, float, float], ...]:
         """Index in RGB, mean and divisor of each input channel."""
         order = (0, 1, 2) if self.colour == "rgb" else (2, 1, 0)
-        return tuple((place, self.mean[place], self.std[place]) for place in order)
+        return tuple((channel, self.mean[channel], self.std[channel]) for channel in order)
 
     def with_changes(self, changes: Mapping[str, Any]) -> Preprocessing:
         """Return it with fields replaced, by name.

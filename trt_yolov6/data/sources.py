@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def _reader(data: Path, split: str | None, parameter: str = "split") -> Callable
     from trt_yolov6.data.voc import read_voc, voc_splits
     from trt_yolov6.data.yolo import find_yaml, read_yolo, yolo_splits
 
-    if not data.is_dir() and not (data.is_file() and data.suffix in (".yaml", ".yml")):
+    if not os.path.isdir(data) and not (os.path.isfile(data) and data.suffix in (".yaml", ".yml")):
         raise UserError(
             f"{data} is not a folder; give the data set's folder, or its data.yaml, as `data`.",
         )

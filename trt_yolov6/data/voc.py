@@ -71,7 +71,7 @@ def read_voc(root: Path, split: str) -> Source:
     parsed = {path: _parsed(path) for paths in splits.values() for path in paths}
     found = {item["name"] for record in parsed.values() for item in record["objects"]}
     names = sorted(found - {""})
-    places = {name: place for place, name in enumerate(names, start=1)}
+    ids = {name: number for number, name in enumerate(names, start=1)}
     first = splits[split][0].parent
     likely = (root / "JPEGImages", root / "images") if first.name == "Annotations" else (first,)
     folders = (*(folder for folder in likely if folder.is_dir()), root)
@@ -84,12 +84,12 @@ def read_voc(root: Path, split: str) -> Source:
         annotations += [
             {
                 "image_id": index,
-                "category_id": places.get(item["name"]),
+                "category_id": ids.get(item["name"]),
                 "bbox": item["bbox"],
                 "iscrowd": item["difficult"],
-                "where": f"{path} object {place}",
+                "where": f"{path} object {number}",
             }
-            for place, item in enumerate(record["objects"], start=1)
+            for number, item in enumerate(record["objects"], start=1)
         ]
     return Source(
         file=first,
@@ -97,7 +97,7 @@ def read_voc(root: Path, split: str) -> Source:
         content={
             "images": images,
             "annotations": annotations,
-            "categories": [{"id": place, "name": name} for name, place in places.items()],
+            "categories": [{"id": number, "name": name} for name, number in ids.items()],
         },
         folders=folders,
     )

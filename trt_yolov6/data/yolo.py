@@ -163,9 +163,9 @@ def _notes(split: str, paths: Sequence[Path], labels_of: Mapping[Path, Path]) ->
 def label_path(image: Path) -> Path:
     """Return the path of an image's labels: in `labels/` for `images/`, else next to it."""
     parts = list(image.parts)
-    for place in range(len(parts) - 2, -1, -1):
-        if parts[place] == "images":
-            parts[place] = "labels"
+    for index in range(len(parts) - 2, -1, -1):
+        if parts[index] == "images":
+            parts[index] = "labels"
             return Path(*parts).with_suffix(".txt")
     return image.with_suffix(".txt")
 

@@ -16,18 +16,16 @@ MAX_CANDIDATES = 30000
 
 @dataclass(frozen=True)
 class Candidates:
-    """The scores of a batch that exceed a threshold, in the order of the outputs' elements.
-
-    images:  int64 (n,), place of the image in the batch, ascending
-    classes: int64 (n,), index into the class names
-    scores:  float32 (n,), in 0..1
-    boxes:   float32 (n, 4), x1, y1, x2, y2 in input pixels
-    """
+    """The scores of a batch that exceed a threshold, in the order of the outputs' elements."""
 
     images: NDArray[np.int64]
+    """(n,), index of the image in the batch, ascending."""
     classes: NDArray[np.int64]
+    """(n,), index into the class names."""
     scores: NDArray[np.float32]
+    """(n,), in 0..1."""
     boxes: NDArray[np.float32]
+    """(n, 4), x1, y1, x2, y2 in input pixels."""
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def _best(scores: NDArray[Any]) -> NDArray[np.intp]:
     """Return the order of positive scores, the best first, equal ones as they come, up to the cap.
 
     Positive floats are in the order of their bits. So one integer that holds both the bits and the
-    place is sorted, which takes a fraction of a stable `argsort`.
+    index is sorted, which takes a fraction of a stable `argsort`.
     """
     worse_first = scores.astype(np.float32).view(np.uint32)
     keys = (~worse_first).astype(np.uint64) << np.uint64(32)
@@ -296,18 +296,18 @@ def _in_source(
 
 
 _OfImage = Callable[[int], Detections]
-"""Makes the detections of an image by its place in the batch."""
+"""Makes the detections of an image by its index in the batch."""
 
 
 def _from_outputs(
     read: ReadImage, nms: NmsSettings, letterboxes: Sequence[Letterbox], *, clip: bool
 ) -> _OfImage:
     def of_image(index: int) -> Detections:
-        said = read(index)
-        if isinstance(said, Found):
-            return _chosen(said, nms, letterboxes[index], clip=clip)
-        classes, anchors, kept = _candidates(said.scores, nms.confidence)
-        return _finish(said.corners(anchors), kept, classes, nms, letterboxes[index], clip=clip)
+        predictions, placed = read(index), letterboxes[index]
+        if isinstance(predictions, Found):
+            return _chosen(predictions, nms, placed, clip=clip)
+        classes, anchors, scores = _candidates(predictions.scores, nms.confidence)
+        return _finish(predictions.corners(anchors), scores, classes, nms, placed, clip=clip)
 
     return of_image
 

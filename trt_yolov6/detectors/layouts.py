@@ -42,7 +42,7 @@ class Found:
 
 
 ReadImage = Callable[[int], "Anchors | Found"]
-"""Reads an image by its place in the batch."""
+"""Reads an image by its index in the batch."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def _read_grid_rows(outputs: Outputs, size: tuple[int, int]) -> ReadImage:
         row = _float32(rows[index])
 
         def corners(chosen: NDArray[np.intp]) -> NDArray[np.float64]:
-            said, stride = row[chosen, :4].astype(np.float64), strides[chosen, None]
-            centre = (said[:, :2] + cells[chosen]) * stride
+            raw, stride = row[chosen, :4].astype(np.float64), strides[chosen, None]
+            centre = (raw[:, :2] + cells[chosen]) * stride
             with np.errstate(over="ignore"):  # a side that overflows is dropped later on
-                half = np.exp(said[:, 2:]) * stride / 2
+                half = np.exp(raw[:, 2:]) * stride / 2
             return np.concatenate([centre - half, centre + half], axis=1)
 
         return Anchors(row[:, 5:] * row[:, 4:5], corners)
@@ -214,9 +214,9 @@ def _read_grids(anchors: Any) -> Callable[[Outputs, tuple[int, int]], ReadImage]
             sure = _sigmoid(_float32(row[:, 4:]))
 
             def corners(chosen: NDArray[np.intp]) -> NDArray[np.float64]:
-                said, at = 2 * _sigmoid(row[chosen, :4].astype(np.float64)), place[chosen]
-                centre = (said[:, :2] - 0.5 + at[:, :2]) * at[:, 2:4]
-                half = said[:, 2:] ** 2 * at[:, 4:] / 2
+                doubled, at = 2 * _sigmoid(row[chosen, :4].astype(np.float64)), place[chosen]
+                centre = (doubled[:, :2] - 0.5 + at[:, :2]) * at[:, 2:4]
+                half = doubled[:, 2:] ** 2 * at[:, 4:] / 2
                 return np.concatenate([centre - half, centre + half], axis=1)
 
             return Anchors(sure[:, 1:] * sure[:, :1], corners)

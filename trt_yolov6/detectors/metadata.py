@@ -1,4 +1,4 @@
-"""A detector's description of itself: its manifest, else its graph and the graph's metadata."""
+"""Class names, image size and thresholds in a graph's metadata, and which inputs engines take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overlap of boxes."""
+"""Intersection over union (IoU) of boxes."""
 
 from __future__ import annotations
 

@@ -93,21 +93,21 @@ def _suppress(
     with np.errstate(over="ignore", invalid="ignore"):
         for window in _windows(len(boxes)):
             values = _values(boxes[window], classes[window])
-            places = np.arange(window.start, window.stop)
-            if len(places) >= _LOOKED_UP and count > 1.1 * in_grid:
+            indices = np.arange(window.start, window.stop)
+            if len(indices) >= _LOOKED_UP and count > 1.1 * in_grid:
                 in_grid = count
                 grid = _Grid.of(chosen.values[:, :count])
             if grid is not None:
                 guess = chosen.values.take(grid.boxes.take(grid.cells(values)), axis=1)
                 unlike = np.flatnonzero(~_overlap(values, guess, iou))
-                values, places = values.take(unlike, axis=1), places[unlike]
+                values, indices = values.take(unlike, axis=1), indices[unlike]
             ready = _Boxes.of(values, iou)
             left = _unlike_the_nearest(ready, chosen.part(slice(count)), iou)
             for start in range(0, len(left), _BLOCK):
                 mine = left[start : start + _BLOCK]
                 block = ready.part(mine)
                 added = _kept_of(block, chosen, count, iou)
-                kept[count : count + len(added)] = places[mine[added]]
+                kept[count : count + len(added)] = indices[mine[added]]
                 chosen.put(count, block.part(added))
                 count += len(added)
                 if count >= most:
@@ -231,9 +231,9 @@ class _Boxes:
 
     def put(self, start: int, boxes: _Boxes) -> None:
         """Write others over these from an index on."""
-        places = slice(start, start + len(boxes))
-        self.values[:, places] = boxes.values
-        self.vectors[:, places] = boxes.vectors
+        part = slice(start, start + len(boxes))
+        self.values[:, part] = boxes.values
+        self.vectors[:, part] = boxes.vectors
 
 
 @dataclass(frozen=True)

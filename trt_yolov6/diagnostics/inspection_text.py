@@ -128,20 +128,20 @@ def _manifest_rows(inspection: Inspection) -> list[tuple[str, str]]:
 
 def _in_words(record: Mapping[str, Any]) -> str:
     """Say what a manifest's record of a calibration holds: hashes and trials are in `--json`."""
-    said = []
+    parts = []
     for key, value in record.items():
         name = key.replace("_", " ")
         if value is True:
-            said.append(name)
+            parts.append(name)
         elif isinstance(value, Mapping):
-            said.append(f"{name} {_in_words(value)}")
+            parts.append(f"{name} {_in_words(value)}")
         elif isinstance(value, list) and key != "tried":
-            said.append(f"{name} {' to '.join(map(str, value))}")
+            parts.append(f"{name} {' to '.join(map(str, value))}")
         elif isinstance(value, list):
-            said.append(f"{counted(len(value), 'way')} tried (--json lists them)")
+            parts.append(f"{counted(len(value), 'way')} tried (--json lists them)")
         elif value is not None and value is not False and not key.endswith("sha256"):
-            said.append(f"{name} {value}")
-    return ", ".join(said)
+            parts.append(f"{name} {value}")
+    return ", ".join(parts)
 
 
 def _layer_lines(layers: Sequence[Layer]) -> list[str]:

@@ -1,16 +1,15 @@
-"""Inference engines: one file per backend with one small interface (base.py), and the manifest.
-
-`load_engine` and `backend` are all that other parts of the package need.
-"""
+"""Inference engines: one package per backend with one interface (`base`), and the manifest."""
 
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Protocol
 
 from trt_yolov6.backends import BACKENDS, PLAN_SUFFIXES
 from trt_yolov6.checkpoints import is_named_as_checkpoint
+from trt_yolov6.common.ranges import of_class
 from trt_yolov6.engines.base import Availability, BuildSettings, Engine, LoadOptions
 from trt_yolov6.engines.manifest import Manifest, check_plan, read_manifest
 from trt_yolov6.errors import MissingDependencyError, UserError
@@ -81,7 +80,7 @@ def find_engine(path: str | Path) -> Path:
         UserError: there is neither the file nor such a build.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         builds = [
             other
             for other in path.parent.glob(f"[!.]*{path.suffix}")
@@ -140,21 +139,21 @@ def load_engine(
         raise UserError(
             f"{path} was built for {manifest.backend}, not {backend_name}; leave `backend` out.",
         )
-    options = options or LoadOptions()
+    options = of_class(options, LoadOptions, "options")
     engine = backend(backend_name).load(path, manifest, options)
     engine.load_options = options
     return engine
 
 
 def _check_exists(path: Path) -> None:
-    if path.is_file():
+    if os.path.isfile(path):
         return
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder, not an engine; name the file inside it.")
     others = [
         other
         for suffix in (".onnx", ".trt")
-        if suffix != path.suffix and (other := path.with_suffix(suffix)).is_file()
+        if suffix != path.suffix and os.path.isfile(other := path.with_suffix(suffix))
     ]
     if others:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Checkpoint or ONNX file → engine: plan and manifest, side by side."""
+"""Graph → engine: plan and manifest, side by side, and what is refused before the work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 
-from trt_yolov6.backends import BACKENDS
+from trt_yolov6.backends import BACKENDS, ENGINES
 from trt_yolov6.checkpoints import is_named_as_checkpoint
 from trt_yolov6.common.files import (
     check_folder,
@@ -32,9 +32,6 @@ from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.graph.quantized import quantized_layers
 from trt_yolov6.quantization.types import QuantizedName
 from trt_yolov6.spec import BatchProfile
-
-ENGINES = Path("engines")
-"""Default folder of engines."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +138,13 @@ def build_engine(
     asked = len(quantized_layers(graph.model))
     if settings.calibration is not None:
         asked = len(layer_names(graph.model))
-    said: list[str] = []
-    settings = dataclasses.replace(settings, on_layers=said.append)
+    texts: list[str] = []
+    settings = dataclasses.replace(settings, on_layers=texts.append)
     start = time.perf_counter()
     plan = module.build(graph.model.SerializeToString(), settings)
     seconds = time.perf_counter() - start
     quantized: QuantizedName = "fp8" if fp8 else "int8"
-    found = quantized_layers_of(graph.model, quantized, said) if asked and said else asked or None
+    found = quantized_layers_of(graph.model, quantized, texts) if asked and texts else asked or None
     target = settings.target or ("this machine's GPU" if BACKENDS[name].tensorrt else "any")
     if asked and found == 0 and not allow_float:
         raise all_in_float(graph.precision, name, target)
@@ -160,7 +157,7 @@ def build_engine(
         fp8_layers=found if fp8 else None,
     )
     manifest_path = write_pair(path, plan, manifest)
-    return BuiltEngine(path, manifest_path, manifest, seconds, asked, "\n".join(said))
+    return BuiltEngine(path, manifest_path, manifest, seconds, asked, "\n".join(texts))
 
 
 def check_not_source(source: object, output: str | Path | None) -> None:
@@ -225,6 +222,7 @@ def graph_manifest(graph: Graph, path: Path, plan: bytes) -> Manifest:
         plan_sha256=sha256_bytes(plan),
         source=file_name(graph.source),
         source_sha256=graph.source_sha256,
+        checkpoint_sha256=graph.checkpoint_sha256,
         calibration=graph.calibration,
         float_layers=graph.float_layers,
         tensors=tuple(
@@ -235,12 +233,12 @@ def graph_manifest(graph: Graph, path: Path, plan: bytes) -> Manifest:
 
 
 def quantized_layers_of(
-    model: onnx.ModelProto, quantized: QuantizedName, said: Sequence[str]
+    model: onnx.ModelProto, quantized: QuantizedName, texts: Sequence[str]
 ) -> int | None:
     """Return how many convolutions the builder says are in 8 bits; None if it says nothing.
 
-    `said` holds the arguments of its calls of `BuildSettings.on_layers`.
+    `texts` holds the arguments of its calls of `BuildSettings.on_layers`.
     """
     names = layer_names(model).values()
-    found = layer_log.quantized_layers(said[-1], names, quantized) if said and said[-1] else None
+    found = layer_log.quantized_layers(texts[-1], names, quantized) if texts and texts[-1] else None
     return None if found is None else len(found)

@@ -30,21 +30,21 @@ def computes(backend: str, settings: BuildSettings, kind: QuantizedType) -> bool
     """
     if backend != "tensorrt-rtx":
         return True
-    said: list[str] = []
+    texts: list[str] = []
     small = dataclasses.replace(
         settings,
         batch=BatchProfile.of(1),
         fp8=kind.name == "fp8",
         timing_cache=None,
         progress=False,
-        on_layers=said.append,
+        on_layers=texts.append,
     )
     model = _one_convolution(kind)
     try:
         backend_module(backend).build(model.SerializeToString(), small)
     except UserError:  # whatever it is, the real build will say it of the real graph
         return True
-    found = quantized_layers_of(model, kind.name, said)
+    found = quantized_layers_of(model, kind.name, texts)
     return found is None or found > 0
 
 

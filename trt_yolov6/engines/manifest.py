@@ -52,6 +52,8 @@ class Manifest(Described):
     source: str
     """File name of the checkpoint or ONNX file it was built from."""
     source_sha256: str
+    checkpoint_sha256: str = ""
+    """Hash of the checkpoint that the source was exported from, or is; empty if not known."""
     calibration: dict[str, Any] | None = None
     float_layers: tuple[str, ...] = ()
     """Layers of an INT8 or FP8 graph that stay in float, as asked or chosen."""

@@ -34,7 +34,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.editing import add_initializers, replace_tensor, set_nodes
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
 from trt_yolov6.graph.index import attribute, shapes_of, tensor_value
-from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.model import CHECKPOINT, Graph
 from trt_yolov6.graph.operators import CONVOLUTIONS
 from trt_yolov6.graph.reference import reference_session
 from trt_yolov6.models import Architecture, YOLOv6, fold_shortcuts, fuse
@@ -551,8 +551,12 @@ def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSett
         UserError: the file is not a YOLOv6 checkpoint, or the size does not fit the network.
     """
     checkpoint = load_checkpoint(weights) if isinstance(weights, (str, Path)) else weights
+    sha256 = sha256_file(checkpoint.path) if checkpoint.path.is_file() else ""
+    model = export_onnx(checkpoint.model, settings, checkpoint.class_names)
+    if sha256:
+        model.metadata_props.add(key=CHECKPOINT, value=sha256)
     return Graph(
-        model=export_onnx(checkpoint.model, settings, checkpoint.class_names),
+        model=model,
         name=checkpoint.arch.name,
         detector=DetectorSpec(
             tuple(checkpoint.class_names),
@@ -563,5 +567,6 @@ def graph_from_checkpoint(weights: str | Path | Checkpoint, settings: ExportSett
         batch=settings.batch,
         precision="fp16" if settings.fp16 else "fp32",
         source=checkpoint.path,
-        source_sha256=sha256_file(checkpoint.path) if checkpoint.path.is_file() else "",
+        source_sha256=sha256,
+        checkpoint_sha256=sha256,
     )

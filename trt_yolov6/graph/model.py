@@ -11,6 +11,9 @@ import onnx
 from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.spec import BatchProfile, PrecisionName
 
+CHECKPOINT = "checkpoint_sha256"
+"""Key of a graph's metadata with the hash of the checkpoint that it was exported from."""
+
 
 @dataclass(frozen=True)
 class Graph(Described):
@@ -30,3 +33,6 @@ class Graph(Described):
     """Notes on changes to a file's graph, on reading or for TensorRT."""
     source_sha256: str = ""
     """SHA-256 of the source when the graph was made, in hexadecimal; empty if it was gone."""
+    checkpoint_sha256: str = ""
+    """That of the checkpoint whose network it is, also where the source is a graph that was
+    exported from it; empty where it is not known."""

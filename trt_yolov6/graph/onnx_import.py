@@ -25,7 +25,7 @@ from trt_yolov6.graph.editing import at_opset
 from trt_yolov6.graph.files import graph_precision, read_onnx, value_spec
 from trt_yolov6.graph.float16 import tail_nodes, to_fp16
 from trt_yolov6.graph.inputs import runtime_inputs, with_one_input
-from trt_yolov6.graph.model import Graph
+from trt_yolov6.graph.model import CHECKPOINT, Graph
 from trt_yolov6.graph.normalize import with_folded_weights
 from trt_yolov6.graph.operators import HALF_SCALES_OPSET, QDQ_OPS
 from trt_yolov6.graph.outputs import drop_other_outputs, dropped_text, facts_of
@@ -82,13 +82,13 @@ def graph_from_onnx(
             model = at_opset(model, HALF_SCALES_OPSET)
         model = to_fp16(model, keep_float32=tail_nodes(model))
         precision = "fp16"
-    labels = names_in(metadata) if class_names is None else tuple(class_names)
+    names = names_in(metadata) if class_names is None else tuple(class_names)
     return Graph(
         model=model,
         # A name in a file is anyone's; it becomes that of the engine's file.
         name=Path(metadata.get("model", "").replace("\\", "/")).name.lstrip(".") or path.stem,
         detector=DetectorSpec(
-            _class_names(path, labels, LAYOUTS[layout].classes(outputs)),
+            _class_names(path, names, LAYOUTS[layout].classes(outputs)),
             size,
             layout,
             family.name,
@@ -99,6 +99,7 @@ def graph_from_onnx(
         precision=precision,
         source=path,
         source_sha256=sha256_file(path),
+        checkpoint_sha256=metadata.get(CHECKPOINT, ""),
         notes=(dropped_text(dropped),) if dropped else (),
     )
 
@@ -140,15 +141,15 @@ def _class_names(path: Path, names: tuple[str, ...] | None, count: int | None) -
 
 
 def _fixed_size(
-    path: Path, sizes: Sequence[int | None], wanted: tuple[int, int] | None
+    path: Path, sides: Sequence[int | None], wanted: tuple[int, int] | None
 ) -> tuple[int, int]:
     if wanted is None:
-        if None in sizes:
+        if None in sides:
             raise UserError(f"{path} leaves its image size free; fix it with `image_size`.")
-        wanted = (sizes[0] or 0, sizes[1] or 0)
-    elif any(own is not None and own != asked for own, asked in zip(sizes, wanted, strict=True)):
+        wanted = (sides[0] or 0, sides[1] or 0)
+    elif any(own is not None and own != asked for own, asked in zip(sides, wanted, strict=True)):
         raise UserError(
-            f"{path} takes images of {sizes[0]}x{sizes[1]}, not {wanted[0]}x{wanted[1]}; leave "
+            f"{path} takes images of {sides[0]}x{sides[1]}, not {wanted[0]}x{wanted[1]}; leave "
             "`image_size` out, or export it again.",
         )
     return wanted

@@ -16,7 +16,7 @@ WEIGHTED_OPS = (*CONVOLUTIONS, "Gemm", "MatMul")
 QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
 
 HALF_SCALES_OPSET = 19
-"""First ONNX opset in which they take scales in half precision."""
+"""First ONNX opset in which Q/DQ nodes take scales in half precision."""
 
 LAYOUT_OPS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators with the same values out as in, one tensor each, in another order or shape."""

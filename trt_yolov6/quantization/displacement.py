@@ -52,15 +52,15 @@ class Displacement:
         class's score; from 0 (nothing moves) to 2.
 
         Args:
-            batch: place among those watched.
+            batch: index among those watched.
             outputs: a quantized network's for the same images.
         """
         watched, moved = self._batches[batch], []
-        for (places, boxes, scores), found in zip(
+        for (anchors, boxes, scores), found in zip(
             watched, self._anchors(outputs, len(watched)), strict=True
         ):
-            change = np.abs(found.scores[places].astype(np.float64) - scores).max(axis=1)
-            moved.append(1 - iou(boxes, found.corners(places)) + change)
+            change = np.abs(found.scores[anchors].astype(np.float64) - scores).max(axis=1)
+            moved.append(1 - iou(boxes, found.corners(anchors)) + change)
         return np.concatenate(moved)
 
     def _anchors(self, outputs: Outputs, images: int) -> Iterator[Anchors]:
@@ -73,7 +73,7 @@ class Displacement:
 
 def _watched(one: Anchors) -> _Watched:
     best = one.scores.max(axis=1)
-    places = np.flatnonzero(best >= SEEN)
-    if not places.size:
-        places = np.sort(np.argsort(-best, kind="stable")[:_FEWEST_ANCHORS])
-    return places, one.corners(places), one.scores[places].astype(np.float64)
+    anchors = np.flatnonzero(best >= SEEN)
+    if not anchors.size:
+        anchors = np.sort(np.argsort(-best, kind="stable")[:_FEWEST_ANCHORS])
+    return anchors, one.corners(anchors), one.scores[anchors].astype(np.float64)

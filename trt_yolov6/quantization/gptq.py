@@ -35,11 +35,11 @@ from trt_yolov6.quantization.bias_correction import layers_of_both, shift_bias
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 from trt_yolov6.quantization.types import INT8
 
-# Places of one image whose inputs count, for one layer.
-_PLACES = 1024
+# Output positions of one image whose inputs count, for one layer.
+_POSITIONS = 1024
 
-# Places whose products of codes add up to less than 2^24.
-_EXACT_PLACES = 1024
+# Positions whose products of codes add up to less than 2^24.
+_EXACT_POSITIONS = 1024
 
 # Rows of products that are computed at a time, from the diagonal on.
 _TRIANGLE_ROWS = 192
@@ -81,7 +81,7 @@ def adapt_rounding(
     jobs = [_Job(*both) for both in layers_of_both(result, float_model)]
     # PyTorch's own threads would wait for each other after every step.
     with single_torch_thread(), ThreadPoolExecutor(len(usable_cpus())) as workers:
-        for chunk in _chunks([job for job in jobs if job.is_linear_in_places]):
+        for chunk in _chunks([job for job in jobs if job.is_linear_in_positions]):
             _measure(quantized_model, chunk, images, workers)
             for job in chunk:  # one at a time: wide layers take a few copies of their covariance
                 levels, scale, mean_error = job.rounded()
@@ -109,7 +109,7 @@ class _Job:
         self._strides = list(given.get("strides", (1, 1)))
         self._pads = list(given.get("pads", (0, 0, 0, 0)))  # top, left, bottom, right
         self._dilations = list(given.get("dilations", (1, 1)))
-        self.is_linear_in_places = given.get("auto_pad", "NOTSET") in ("NOTSET", "VALID") and (
+        self.is_linear_in_positions = given.get("auto_pad", "NOTSET") in ("NOTSET", "VALID") and (
             not layer.transposed or (self._strides == list(self._kernel) and not any(self._pads))
         )
         self._count = 0
@@ -126,7 +126,7 @@ class _Job:
 
     @property
     def bytes(self) -> int:
-        """Memory for the sums and the sums of products, at most: how many places there are, and
+        """Memory for the sums and the sums of products, at most: how many positions there are, and
         so whether `_Overlaps` adds them up, only an image shows."""
         starts = range(0, self.columns, _TRIANGLE_ROWS)
         values = sum(min(_TRIANGLE_ROWS, self.columns - s) * (self.columns - s) for s in starts)
@@ -144,16 +144,16 @@ class _Job:
             padded = self._padded(image)
             rows, columns = self._outputs(padded)
             # A step that shares no factor with the width would be better; odd ones mostly do.
-            step = max(1, rows * columns // _PLACES) | 1
-            place = torch.arange(0, rows * columns, step)
-            self._count += len(place)
+            step = max(1, rows * columns // _POSITIONS) | 1
+            positions = torch.arange(0, rows * columns, step)
+            self._count += len(positions)
             if step == 1 and self._is_plain:
                 if self._overlaps is None:
                     self._overlaps = _Overlaps(self._kernel, self._pads, len(image))
                 self._overlaps.add(self._codes(padded), rows, columns)
                 continue
-            places = self._codes(self._places(padded, place, columns))
-            for part in torch.split(places, _EXACT_PLACES, dim=2):
+            inputs = self._codes(self._inputs_at(padded, positions, columns))
+            for part in torch.split(inputs, _EXACT_POSITIONS, dim=2):
                 self._add(part)
 
     @property
@@ -167,7 +167,7 @@ class _Job:
         return (values / np.float32(self._unit)).round() if self._reads_codes else values
 
     def _add(self, part: torch.Tensor) -> None:
-        """Add up (groups, columns, places), of the products one triangle in blocks of rows."""
+        """Add up (groups, columns, positions), of the products one triangle in blocks of rows."""
         kind = torch.int32 if self._reads_codes else torch.float64
         total = part.sum(dim=2).to(kind)
         self._sum = total if self._sum is None else self._sum.add_(total)
@@ -248,16 +248,17 @@ class _Job:
             return (1, 1), (1, 1), (1, 1)
         return self._kernel, self._strides, self._dilations
 
-    def _places(self, padded: torch.Tensor, place: torch.Tensor, width: int) -> torch.Tensor:
-        """Return (groups, columns, places) of the inputs of some places of a map."""
+    def _inputs_at(self, padded: torch.Tensor, positions: torch.Tensor, width: int) -> torch.Tensor:
+        """Return (groups, columns, positions) of the inputs of some output positions."""
         kernel, strides, dilations = self._window
-        first = place // width * (strides[0] * padded.shape[2]) + place % width * strides[1]
-        found = torch.empty(len(padded), kernel[0] * kernel[1], len(place))
+        first = positions // width * (strides[0] * padded.shape[2])
+        first += positions % width * strides[1]
+        found = torch.empty(len(padded), kernel[0] * kernel[1], len(positions))
         for tap in range(kernel[0] * kernel[1]):
             row, column = divmod(tap, kernel[1])
             moved = row * dilations[0] * padded.shape[2] + column * dilations[1]
             torch.index_select(padded.flatten(1), 1, first + moved, out=found[:, tap])
-        return found.view(self._groups, -1, len(place))
+        return found.view(self._groups, -1, len(positions))
 
     def _to_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
         """Arrange weights as (groups, rows, columns): what a row holds makes one output value."""
@@ -309,19 +310,19 @@ class _Overlaps:
         ).to(torch.int32)
         for step, sums in self._apart.items():
             moved = step[0] * line + step[1]
-            for start in range(0, rows * line, _EXACT_PLACES):
-                end = min(start + _EXACT_PLACES, rows * line)
+            for start in range(0, rows * line, _EXACT_POSITIONS):
+                end = min(start + _EXACT_POSITIONS, rows * line)
                 sums += (flat[:, start:end] @ flat[:, start + moved : end + moved].T).to(
                     torch.int32
                 )
-        place = torch.arange(rows)[:, None] * line + torch.arange(columns)
+        offsets = torch.arange(rows)[:, None] * line + torch.arange(columns)
         top, left, bottom, right = self._pads
         inner = torch.zeros(rows, columns, dtype=torch.bool)
         inner[top : rows - bottom, left : columns - right] = True
         for index, (row, column) in enumerate(self._taps):
             outside = inner.clone()
             outside[row : row + height, column : column + width] = False
-            own = place[outside]
+            own = offsets[outside]
             apart = [_between((row, column), other) for other in self._taps[index:]]
             steps = torch.tensor([down * line + across for down, across in apart])
             others = flat[:, own + steps[:, None]]

@@ -236,6 +236,7 @@ class Fold:
 
     @cached_property
     def judge(self) -> Judge:
+        """The judge on `images_to_compare` of the images that are held out."""
         many = evenly(self.split.judge, images_to_compare(self._graph))
         return Judge(self._graph, many, self._settings.border)
 

@@ -72,7 +72,7 @@ from trt_yolov6.quantization.table import (
     Weights,
 )
 from trt_yolov6.quantization.trials import Candidate, Decision, simplest_of_the_best
-from trt_yolov6.quantization.weights import SAID, WeightTuning, weight_choices
+from trt_yolov6.quantization.weights import DESCRIPTIONS, WeightTuning, weight_choices
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class _Budget:
     least_gain: float
     """Least gain of a set that does not reach `least`."""
 
-    def said(self, value: float) -> str:
+    def text(self, value: float) -> str:
         """Return a score with its name; a tenth of a point of AP counts, of agreement less so."""
         return f"{self.name} {value:.{4 if self.name == 'AP' else 3}f}"
 
@@ -298,7 +298,7 @@ class Search:
         for weights in weight_choices(settings):
             other = dataclasses.replace(choice, weights=weights)
             tried = self._tried("weights", other)
-            _log.info(f"{SAID[weights]}: {tried.said}, before {least:.4f}")
+            _log.info(f"{DESCRIPTIONS[weights]}: {tried.outcome}, before {least:.4f}")
             if tried.loss < (1 - CLEAR_GAIN) * least:
                 return other
             least = self._loss(choice)
@@ -320,7 +320,7 @@ class Search:
         gain = pooled_gain(self._judged([tuned]), self._judged([before]))
         tried = self._keep("gradients", choice, [tuned], start)
         better = "kept" if gain.low > 0 else "not clearly better"
-        _log.info(f"tuned by gradients: {tried.said}; {better}")
+        _log.info(f"tuned by gradients: {tried.outcome}; {better}")
         return (tuned, ranges) if gain.low > 0 else None
 
     def _with_float_layers(self, choice: Choice) -> Choice:
@@ -377,7 +377,7 @@ class Search:
             most_trials: sets to try.
         """
         budget, slower = self._budget, self._settings.max_slowdown
-        _log.info(f"float layers until {budget.said(budget.least)} is reached ...")
+        _log.info(f"float layers until {budget.text(budget.least)} is reached ...")
 
         def trial(layers: tuple[str, ...]) -> float:
             start = time.perf_counter()
@@ -386,7 +386,7 @@ class Search:
             value = budget.score(models)
             ap = None if self._labelled is None else value
             self._keep("float layers", whole, models, start, ap)
-            _log.info(f"{len(layers)} layers in float: {budget.said(value)}")
+            _log.info(f"{len(layers)} layers in float: {budget.text(value)}")
             return value
 
         return choose_float_layers(
@@ -459,7 +459,7 @@ class Search:
         models = [make(fold, choice) for fold in self._folds]
         result = self._keep(decides, choice, models, start)
         if decides != "weights":
-            _log.info(f"{result.variant}, {result.method}: {result.said}")
+            _log.info(f"{result.variant}, {result.method}: {result.outcome}")
         return result
 
     def _keep(
@@ -556,7 +556,7 @@ def _fallback_sentence(found: Fallback, budget: _Budget, slower: float | None) -
     """Say what was chosen, what it costs, and where that falls short."""
     text = (
         f"in float: {', '.join(found.layers) or 'nothing'} ({found.multiply_add_share:.1%} of the "
-        f"multiply-adds, about {found.time_share:.1%} slower), {budget.said(found.score)}"
+        f"multiply-adds, about {found.time_share:.1%} slower), {budget.text(found.score)}"
     )
     if found.met:
         return text

@@ -82,11 +82,11 @@ def _grids(anchors: tuple[tuple[tuple[int, int], ...], ...]) -> Reader:
                 torch.arange(rows).to(level), torch.arange(columns).to(level), indexing="ij"
             )
             stride = level.new_tensor([size[1] / columns, size[0] / rows])
-            said = torch.sigmoid(level)
-            centre = (2 * said[..., :2] - 0.5 + torch.stack([column, row], dim=-1)) * stride
-            sides = (2 * said[..., 2:4]) ** 2 * level.new_tensor(of_level)[None, :, None, None]
+            values = torch.sigmoid(level)
+            centre = (2 * values[..., :2] - 0.5 + torch.stack([column, row], dim=-1)) * stride
+            sides = (2 * values[..., 2:4]) ** 2 * level.new_tensor(of_level)[None, :, None, None]
             corners.append(_corners(centre, sides).reshape(batch, -1, 4))
-            sure = said[..., 5:] * said[..., 4:5]
+            sure = values[..., 5:] * values[..., 4:5]
             scores.append(sure.reshape(batch, -1, sure.shape[-1]))
         return AnchorTensors(torch.cat(corners, dim=1), torch.cat(scores, dim=1))
 

@@ -36,7 +36,7 @@ class Candidate:
     """AP on labelled images, 0..1, where it was measured."""
 
     @property
-    def said(self) -> str:
+    def outcome(self) -> str:
         """Outcome of the trial, in words."""
         return f"agreement with float {self.agreement:.3f}, moved by {self.loss:.4f}"
 

@@ -14,7 +14,7 @@ from trt_yolov6.quantization.gptq import adapt_rounding
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.table import Weights
 
-SAID: Mapping[Weights, str] = {
+DESCRIPTIONS: Mapping[Weights, str] = {
     "nearest": "weights rounded to the nearest",
     "biases": "biases corrected",
     "reconstructed": "layers reconstructed",

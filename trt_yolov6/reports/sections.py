@@ -122,20 +122,20 @@ def _quantization_cost(rows: Sequence[tables.Row]) -> dict[str, Any]:
     ]
     models = []
     for label, own in tables.quantization(rows):
-        top = max((row.ap for row, _ in own if row.ap is not None), default=0.0) or 1.0
+        top = max((row.ap for _, row, _ in own if row.ap is not None), default=0.0) or 1.0
         body: list[list[tables.Cell]] = []
-        for row, change in own:
+        for name, row, change in own:
             share = tables.quantized_share(row.engine)
             kept = str(len(row.engine.get("float_layers") or ()))
             body.append(
                 [
-                    *(row.precision, row.ap_text, tables.Bar((row.ap or 0) / top, row.base)),
+                    *(name, row.ap_text, tables.Bar((row.ap or 0) / top, row.base)),
                     *(_change(row, change), _agreement(row.engine.get("agreement"))),
                     *(_percent(row.engine.get(key)) for key in ("APs", "APm", "APl")),
                     *((tables.NOTHING,) * 2 if share is None else (f"{100 * share:.0f} %", kept)),
                 ]
             )
-        charts = [chart for row, _ in own for chart in _float_layers_tried(row)]
+        charts = [chart for _, row, _ in own for chart in _float_layers_tried(row)]
         models.append({"label": label, "table": Table(head, body), "charts": charts})
     agreed = [row.engine["agreement"] for row in rows if row.engine.get("agreement")]
     return {
@@ -174,7 +174,7 @@ def _float_layers_tried(row: tables.Row) -> list[Chart]:
     ordered = sorted(tried, key=lambda one: (one["slowdown"], -one["agreement"]))
     best = -math.inf
     points = []
-    for number_, one in enumerate(ordered):
+    for number, one in enumerate(ordered):
         on_front = one["agreement"] > best
         best = max(best, one["agreement"])
         count = len(one["float_layers"])
@@ -185,7 +185,7 @@ def _float_layers_tried(row: tables.Row) -> list[Chart]:
             Point(
                 label if on_front or is_built else "",
                 "fp16" if is_built else "int8" if on_front else "other",
-                "front" if on_front else f"set {number_}",
+                "front" if on_front else f"set {number}",
                 Interval(x, x, x),
                 100 * one["agreement"],
                 f"{label}: agreement {100 * one['agreement']:.1f} %, {x:.1f} % slower",
@@ -273,7 +273,7 @@ def _examples(material: Material) -> dict[str, Any]:
     """Return the same images with what each engine finds in them, side by side."""
     found, missing = [], 0
     classes: set[tuple[int, str]] = set()
-    for number_, comparison in enumerate(material.comparisons):
+    for number, comparison in enumerate(material.comparisons):
         names = comparison.value["data"].get("class_names", [])
         for index, example in enumerate(comparison.value["examples"]):
             panels = [
@@ -289,7 +289,7 @@ def _examples(material: Material) -> dict[str, Any]:
                 missing += 1
                 continue
             size = {"width": int(example["width"]), "height": int(example["height"])}
-            name = f"picture-{number_}-{index}"
+            name = f"picture-{number}-{index}"
             one = {"file": example["file"], "name": name, "jpeg": picture, "panels": panels}
             found.append({**one, **size})
     shown = [(_colour(label), name) for label, name in sorted(classes)[:20]]

@@ -28,6 +28,8 @@ class Row:
     """Unique in the report."""
     label: str
     """Name of the model."""
+    weights: tuple[object, ...]
+    """Equal for engines of one comparison with the same weights and size."""
     precision: str
     engine: Mapping[str, Any]
     timings: Mapping[int, Mapping[str, Any]]
@@ -82,6 +84,8 @@ def rows_of(material: Material) -> list[Row]:
     for comparison in material.comparisons:
         value = comparison.value
         for engine in value["engines"]:
+            label = str(engine.get("label") or engine["model"])
+            origin = engine.get("origin_sha256") or label
             own = {
                 timing["batch"]: timing
                 for timing in value["timings"]
@@ -90,7 +94,8 @@ def rows_of(material: Material) -> list[Row]:
             rows.append(
                 Row(
                     engine["engine"] + comparison.suffix,
-                    str(engine.get("label") or engine["model"]) + comparison.suffix,
+                    label + comparison.suffix,
+                    (origin, *engine["image_size"], comparison.name),
                     engine["precision"],
                     engine,
                     own,
@@ -183,18 +188,31 @@ def _speed_cells(row: Row, batch: int) -> list[str | Sorted]:
     ]
 
 
-def quantization(rows: Sequence[Row]) -> list[tuple[str, list[tuple[Row, float | None]]]]:
+def quantization(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, Row, float | None]]]]:
     """Return, by model, its engines with their difference to the float one in AP points.
 
-    The float one is the first of fp32 and fp16; a model without it, or with nothing quantized, is
-    left out.
+    Engines of a model have the same weights, or its name, and are called by their precision, or
+    by their names where those differ. The float one is the first of fp32 and fp16; a model without
+    it, or with nothing quantized, is left out.
     """
+    models: list[list[Row]] = []
+    for row in rows:
+        for own in models:
+            if row.weights == own[0].weights or row.label == own[0].label:
+                own.append(row)
+                break
+        else:
+            models.append([row])
     found = []
-    for label in dict.fromkeys(row.label for row in rows):
-        own = [row for row in rows if row.label == label]
+    for own in models:
         floats = [row for base in ("fp32", "fp16") for row in own if row.base == base]
         if floats and len(floats) < len(own):
-            found.append((label, [(row, _points(row.ap, floats[0].ap)) for row in own]))
+            alone = len({row.label for row in own}) == 1
+            changes = [
+                (row.precision if alone else row.name, row, _points(row.ap, floats[0].ap))
+                for row in own
+            ]
+            found.append((own[0].label if alone else str(own[0].engine["model"]), changes))
     return found
 
 

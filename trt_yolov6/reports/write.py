@@ -86,12 +86,12 @@ def markdown_of(material: Material, title: str = "") -> str:
         body = [
             [
                 label,
-                row.precision,
+                name,
                 NOTHING if row.ap is None else f"{100 * row.ap:.2f}",
                 NOTHING if change is None else f"{change:+.2f}",
             ]
             for label, own in found
-            for row, change in own
+            for name, row, change in own
         ]
         parts.append(_table(["Model", "Precision", "AP, %", "to float, points"], body))
     for ranking in material.rankings:

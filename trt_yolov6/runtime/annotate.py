@@ -14,6 +14,7 @@ import cv2
 
 from trt_yolov6.common.files import atomic_path, write_bytes
 from trt_yolov6.common.progress import progress_bar
+from trt_yolov6.common.ranges import of_class
 from trt_yolov6.data.images import IMAGE_SUFFIXES, opencv_path
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.data.media import Clip, Frame, Picture, Pictures, Video, find_media, open_video
@@ -93,7 +94,7 @@ def infer_source(
     check_outside(output, places)
     if output.resolve() in {place.resolve() for place in set(places)}:
         raise UserError(f"{output} is the folder of the source; give another folder as `output`.")
-    options = (options or PredictOptions()).over(default_nms(engine))
+    options = of_class(options, PredictOptions, "options").over(default_nms(engine))
     if isinstance(media, Pictures) and frames is not None:
         raise UserError("`frames` is for videos and streams; leave it out.")
     if isinstance(media, Pictures) and "yolo" in formats:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_yolov6.common.closing import Closing
+from trt_yolov6.common.ranges import of_class
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.runtime.predict import Images, detect
@@ -72,7 +73,7 @@ class Detector(Closing):
         """
         given = {"confidence": confidence, "iou": iou, "max_detections": max_detections}
         changes: dict[str, Any] = {key: one for key, one in given.items() if one is not None}
-        options = dataclasses.replace(options or PredictOptions(), **changes)
+        options = dataclasses.replace(of_class(options, PredictOptions, "options"), **changes)
         return detect(self.engine, images, options)
 
     def annotate(

@@ -21,6 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from trt_yolov6.common.progress import progress_bar
+from trt_yolov6.common.ranges import of_class
 from trt_yolov6.data.class_matching import match_classes
 from trt_yolov6.data.coco import CocoDataset, CocoImage, open_coco_image, read_coco_image
 from trt_yolov6.data.loader import Batch
@@ -161,7 +162,7 @@ def evaluate(
             the engine cannot do what is asked.
     """
     tally = _Tally(engine.facts, dataset, confusion=confusion)
-    options = dataclasses.replace(options or PredictOptions(), clip=False)
+    options = dataclasses.replace(of_class(options, PredictOptions, "options"), clip=False)
     matcher = _Matcher(tally.truth, hands_on=confusion or seen is not None)
     run: Callable[..., Iterator[Processed[CocoImage, _Matched]]] = process
     if options.gpus > 1:
@@ -242,7 +243,7 @@ class _Matcher:
             scorer.evaluate()
         # A list by class, then size range, then image, the images sorted.
         ids = sorted(image.id for image in images)
-        by_image = {number: scorer.evalImgs[place :: len(ids)] for place, number in enumerate(ids)}
+        by_image = {image: scorer.evalImgs[index :: len(ids)] for index, image in enumerate(ids)}
         return _Matched(by_image, len(results), found if self._hands_on else ())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -307,20 +308,20 @@ class _Truth:
 
 
 def _truth(name: str, class_names: Sequence[str], dataset: CocoDataset) -> _Truth:
-    match_of = match_classes(
+    match = match_classes(
         name, class_names, dataset.annotation_file, dataset.class_names, dataset.used()
     )
     counting = dataclasses.replace(
         dataset,
-        category_ids=tuple(dataset.category_ids[place] for place in match_of.kept),
-        class_names=tuple(dataset.class_names[place] for place in match_of.kept),
+        category_ids=tuple(dataset.category_ids[index] for index in match.kept),
+        class_names=tuple(dataset.class_names[index] for index in match.kept),
     )
     return _Truth(
         counting,
-        tuple(None if place is None else dataset.category_ids[place] for place in match_of.places),
-        [None if place is None else match_of.kept.index(place) for place in match_of.places]
+        tuple(None if index is None else dataset.category_ids[index] for index in match.matches),
+        [None if index is None else match.kept.index(index) for index in match.matches]
         or list(range(len(counting.class_names))),
-        (*dataset.notes, *match_of.notes),
+        (*dataset.notes, *match.notes),
     )
 
 
@@ -398,11 +399,11 @@ def _listed(nms: NmsSettings) -> str:
 
 def _in_classes_of(dataset: CocoDataset, truth: _Truth, found: Detections) -> Detections:
     """Return detections with the data set's class ids, without classes that it lacks."""
-    place_of = {number: place for place, number in enumerate(dataset.category_ids)}
-    places = np.array([-1 if n is None else place_of[n] for n in truth.categories], np.int64)
-    labels = places[found.class_id]
-    kept = labels >= 0
-    return Detections(found.xyxy[kept], found.confidence[kept], labels[kept])
+    index_of = dataset.class_indices
+    indices = np.array([-1 if n is None else index_of[n] for n in truth.categories], np.int64)
+    classes = indices[found.class_id]
+    kept = classes >= 0
+    return Detections(found.xyxy[kept], found.confidence[kept], classes[kept])
 
 
 def _to_coco(

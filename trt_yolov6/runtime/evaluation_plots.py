@@ -35,7 +35,7 @@ class Confusion:
     def add(
         self,
         found: Detections,
-        places: Sequence[int | None],
+        row_of: Sequence[int | None],
         boxes: NDArray[np.float64],
         classes: NDArray[np.int64],
     ) -> None:
@@ -43,14 +43,14 @@ class Confusion:
 
         Args:
             found: detections, the best first.
-            places: of each of the detector's classes, the row; None: it is not counted.
+            row_of: of each of the detector's classes, the row; None: it is not counted.
             boxes: (n, 4) of the objects, x1, y1, x2, y2 in pixels.
             classes: (n,) of the objects, their columns.
         """
         free = np.ones(len(boxes), bool)
         nothing = len(self.counts) - 1
         for box, score, label in zip(found.xyxy, found.confidence, found.class_id, strict=True):
-            row = places[int(label)]
+            row = row_of[int(label)]
             if score < CONFUSION_CONFIDENCE or row is None:
                 continue
             overlaps = np.where(free, iou(box.astype(np.float64), boxes), 0)

@@ -52,14 +52,14 @@ def check_outputs(
     if broken:
         first = engine.first_non_finite(batch)
         where = f"; the first tensor that is not is {first}" if first else ""
-        said = f"{engine.path} gives NaN or infinity in {', '.join(broken)}{where}"
+        problem = f"{engine.path} gives NaN or infinity in {', '.join(broken)}{where}"
         if any(not np.isfinite(outputs[name]).any() for name in broken):
-            raise UserError(f"{said}. Build it with fp32, or check its weights.")
-        warnings.append(f"{said}. What is not finite counts as no detection")
+            raise UserError(f"{problem}. Build it with fp32, or check its weights.")
+        warnings.append(f"{problem}. What is not finite counts as no detection")
     read = reader(engine.output_layout, outputs, engine.image_size, images)
-    said_of = [read(index) for index in range(images)]
-    _check_scores(engine, said_of)
-    anchors = [one for one in said_of if isinstance(one, Anchors)]
+    predictions = [read(index) for index in range(images)]
+    _check_scores(engine, predictions)
+    anchors = [one for one in predictions if isinstance(one, Anchors)]
     _check_boxes(engine, anchors, confidence)
     threshold = max(confidence, _LOWEST)
     if anchors and all(_share(one, threshold) >= _EVERY for one in anchors):
@@ -78,9 +78,9 @@ def has_non_finite(array: NDArray[Any]) -> bool:
         return not (np.isfinite(array.min()) and np.isfinite(array.max()))
 
 
-def _check_scores(engine: Engine, said_of: Sequence[Anchors | Found]) -> None:
+def _check_scores(engine: Engine, predictions: Sequence[Anchors | Found]) -> None:
     scores = []
-    for one in said_of:
+    for one in predictions:
         found = one.scores if isinstance(one, Anchors) else one.scores[one.classes >= 0]
         scores.append(found.reshape(-1))
     values = np.concatenate([np.empty(0, np.float32), *scores])

@@ -126,8 +126,8 @@ class LabelledAp:
     def data_sha256(self) -> str:
         """Hash of the images' names and of their labels."""
         names = [(one.id, one.path.name) for one in self._dataset.images]
-        said = names, self._dataset.class_names, self._dataset.annotations
-        return sha256_bytes(repr(said).encode())
+        content = names, self._dataset.class_names, self._dataset.annotations
+        return sha256_bytes(repr(content).encode())
 
     def change(self, model: onnx.ModelProto, base: onnx.ModelProto) -> Interval:
         """Return by how much a form's AP is higher than another's, with its 95 % interval.

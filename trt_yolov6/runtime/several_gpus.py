@@ -97,8 +97,9 @@ def process_on_gpus(
     """
     context = multiprocessing.get_context("spawn")
     workers: dict[Any, Any] = {}
-    batch = choose_batch(engine, (options or PredictOptions()).batch)
-    options = dataclasses.replace(options or PredictOptions(), batch=batch)
+    options = options or PredictOptions()
+    batch = choose_batch(engine, options.batch)
+    options = dataclasses.replace(options, batch=batch)
     arguments = (loader_of(engine), read, finish, options, others)
     try:
         for gpu in gpus:
@@ -131,12 +132,12 @@ def _in_order(
     done: dict[int, Any] = {}
     noted: set[str] = set()
     open_ends = dict(zip(workers, gpus, strict=True))
-    told: set[Any] = set()
+    ended: set[Any] = set()
     number = following = 0
     while open_ends:
         parcels: dict[Any, list[list[Any]]] = {}
         for ours in list(asking):
-            if ours in told:
+            if ours in ended:
                 continue
             # The process that has the next results gets what it asks for: it may hand none out
             # before there are some batches after it.
@@ -150,8 +151,8 @@ def _in_order(
                 given[ours].append(number)
                 chunks[number] = chunk
                 number += 1
-            else:  # the end, told once
-                told.add(ours)
+            else:  # the end, said once
+                ended.add(ours)
         for ours, parcel in parcels.items():
             ours.send(parcel)
         ready: list[Any] = wait(list(open_ends))
@@ -166,8 +167,8 @@ def _in_order(
             if kind == "give":
                 asking += [ours] * value
             elif kind == "done":
-                place = given[ours].pop(0)
-                done[place] = _unpacked(value, chunks.pop(place))
+                index = given[ours].pop(0)
+                done[index] = _unpacked(value, chunks.pop(index))
             elif kind == "failed":
                 raise value
             else:

@@ -1,1 +1,1 @@
-"""Model repositories for servers, and what runs inside Triton."""
+"""Engines in service: Triton model repositories, what runs inside Triton, batch work on Ray."""

@@ -177,13 +177,13 @@ def load_options(
     threads = parameters.threads
     if threads is None and gpu is None and instances > 1:
         threads = max(1, len(usable_cpus()) // instances)
-    told = read_manifest(engine) is not None
+    has_manifest = read_manifest(engine) is not None
     return LoadOptions(
         threads=threads,
         provider="cpu" if gpu is None and engine.suffix == ".onnx" else None,
         gpu=gpu or 0,
-        decoder=None if told else parameters.decoder,
-        preprocess={} if told else _changes(parameters.preprocess),
+        decoder=None if has_manifest else parameters.decoder,
+        preprocess={} if has_manifest else _changes(parameters.preprocess),
     )
 
 

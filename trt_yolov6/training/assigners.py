@@ -33,23 +33,21 @@ _PAIRS_AT_ONCE = 2**26
 
 @dataclass(frozen=True)
 class Assignment:
-    """Training targets of every anchor of a batch.
-
-    foreground: bool (batch, anchors), True where the anchor is to find an object
-    matched:    int64 (batch, anchors), index into the image's row of the targets; 0 for background
-    boxes:      float32 (batch, anchors, 4), the object's box, xyxy in pixels; zeros for background
-    classes:    int64 (batch, anchors), the object's class; the number of classes for background
-    scores:     float32 (batch, anchors, classes) in 0..1, the soft target of classification: zero
-                but at the object's class, where it is the normalized alignment metric (task
-                alignment) or the IoU of the predicted box with the object (ATSS, SimOTA). Its sum
-                over classes weighs the anchor's box losses, its total normalizes every loss.
-    """
+    """Training targets of every anchor of a batch."""
 
     foreground: Tensor
+    """bool (batch, anchors), True where the anchor is to find an object."""
     matched: Tensor
+    """int64 (batch, anchors), index into the image's row of the targets; 0 for background."""
     boxes: Tensor
+    """float32 (batch, anchors, 4), the object's box, xyxy in pixels; zeros for background."""
     classes: Tensor
+    """int64 (batch, anchors), the object's class; the number of classes for background."""
     scores: Tensor
+    """float32 (batch, anchors, classes) in 0..1, the soft target of classification: zero but at
+    the object's class, where it is the normalized alignment metric (task alignment) or the IoU of
+    the predicted box with the object (ATSS, SimOTA). Its sum over classes weighs the anchor's box
+    losses, its total normalizes every loss."""
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class CheckedSplit:
     images: tuple[CocoImage, ...]
     """The images whose file exists and whose size is recorded."""
     class_names: tuple[str, ...]
-    """Names in the order of the category ids; a class index is a place in this list."""
+    """Names in the order of the category ids, by class index."""
     boxes: tuple[NDArray[np.float64], ...]
     """An image: (k, 4), x1, y1, x2, y2 in its recorded pixels, inside it, of positive area."""
     classes: tuple[NDArray[np.int64], ...]
@@ -119,11 +119,11 @@ def in_order(checked: CheckedSplit, names: Sequence[str]) -> CheckedSplit:
     """
     found = np.concatenate([np.empty(0, np.int64), *checked.classes])
     used = np.bincount(found, minlength=len(checked.class_names)) > 0
-    places = order_by_name(names, checked.class_names, used.tolist())
-    if places is None or places == tuple(range(len(names))):
+    order = order_by_name(names, checked.class_names, used.tolist())
+    if order is None or order == tuple(range(len(names))):
         return checked
     # The classes that the network does not know have no object.
-    table = np.array([-1 if place is None else place for place in places], np.int64)
+    table = np.array([-1 if index is None else index for index in order], np.int64)
     return dataclasses.replace(
         checked,
         class_names=tuple(names),
@@ -137,11 +137,11 @@ def decode(
     """Decode the images of a split in threads and hand each to `use`.
 
     Args:
-        use: takes an image's place in the split and its pixels, uint8 (height, width, 3) RGB of
+        use: takes an image's index in the split and its pixels, uint8 (height, width, 3) RGB of
             the recorded size; called from several threads, in any order.
 
     Returns:
-        The report on the whole split, and the places of the images that could be used.
+        The report on the whole split, and the indices of the images that could be used.
     """
 
     def read(index: int) -> Problem | None:

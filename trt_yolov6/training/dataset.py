@@ -138,14 +138,14 @@ class TrainingSet:
             images = layers.images.ravel()
             counts = first[images + 1] - first[images]
             tiles = np.repeat(np.arange(len(images)), counts)
-            # Places in `boxes`: for each image, from its first object on.
+            # Indices into `boxes`: for each image, from its first object on.
             starts = np.repeat(first[images] - np.cumsum(counts) + counts, counts)
-            places = starts + np.arange(len(starts))
+            indices = starts + np.arange(len(starts))
             boxes, keep = place_boxes(
-                layers, plan.size, all_boxes[places].astype(np.float64), tiles
+                layers, plan.size, all_boxes[indices].astype(np.float64), tiles
             )
             rows = layers.rows[tiles // layers.images.shape[1]]
-            found.append((rows[keep], boxes[keep], all_classes[places][keep]))
+            found.append((rows[keep], boxes[keep], all_classes[indices][keep]))
         rows, boxes, classes = (np.concatenate(items) for items in zip(*found, strict=True))
         order = np.argsort(rows, kind="stable")
         rows, boxes, classes = rows[order], boxes[order], classes[order]

@@ -52,9 +52,9 @@ class Processes:
         """Return the first process's value, for facts that may change between processes."""
         if self.world == 1:
             return value
-        told = torch.tensor(int(value), device=self.device)
-        dist.broadcast(told, 0)
-        return bool(told.item())
+        flag = torch.tensor(int(value), device=self.device)
+        dist.broadcast(flag, 0)
+        return bool(flag.item())
 
     def wait(self) -> None:
         """Wait until all processes have come here."""

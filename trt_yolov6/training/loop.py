@@ -149,9 +149,9 @@ def _train_epoch(
     for step in range(done.step, begun + plan.steps_per_epoch):
         task.set_rates(step)
         generator.manual_seed(derived_seed(task.seed, "batch", step))
-        place = (step - begun) * plan.batch
+        first = (step - begun) * plan.batch
         images, targets = task.data.batch(
-            order[place : place + plan.batch],
+            order[first : first + plan.batch],
             task.augmentation,
             generator,
             strong=strong,

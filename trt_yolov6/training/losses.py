@@ -86,14 +86,13 @@ class DistillationSettings(Checked):
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss of a batch: `total`, float32 (), differentiable, and its parts.
-
-    parts: name → float32 (), detached and already weighed, so that they add up to `total`: `class`
-           and `box`; where they are on, `dfl`, `objectness`, `distill_class`, `distill_box`
-    """
+    """The loss of a batch and its parts."""
 
     total: Tensor
+    """float32 (), differentiable."""
     parts: Mapping[str, Tensor]
+    """By name, float32 (), detached and already weighed, so that they add up to `total`: `class`
+    and `box`; where they are on, `dfl`, `objectness`, `distill_class`, `distill_box`."""
 
 
 def default_losses(arch: Architecture) -> LossSettings:

@@ -9,13 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Targets:
-    """The annotated objects of a batch.
-
-    boxes:   float32 (batch, most, 4), x1, y1, x2, y2 in pixels of the network's input
-    classes: int64 (batch, most), index into the class names
-    present: bool (batch, most); False for padding, whose boxes and classes are zero
-    """
+    """The annotated objects of a batch."""
 
     boxes: Tensor
+    """float32 (batch, most, 4), x1, y1, x2, y2 in pixels of the network's input."""
     classes: Tensor
+    """int64 (batch, most), index into the class names."""
     present: Tensor
+    """bool (batch, most); False for padding, whose boxes and classes are zero."""

@@ -1,1 +1,1 @@
-"""The little of CUDA that engines need: memory, streams, graphs and one kernel."""
+"""The little of CUDA that engines need: memory, streams, graphs, JPEGs and a few kernels."""

@@ -125,7 +125,7 @@ def write_record(
 
     Args:
         records: a writable buffer of `RECORD_BYTES` a row.
-        row: its place in the batch.
+        row: its index in the batch.
         view: where it lies on the GPU.
         placed: where it goes, see `letterbox.fit`.
         interpolation: how it is resized.

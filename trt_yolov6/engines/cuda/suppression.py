@@ -158,7 +158,7 @@ class Suppression:
         """Put the suppression of a batch on a stream, and the copy of what is kept to the host.
 
         Nothing is waited for or allocated: it can be recorded as a CUDA graph, which then belongs
-        to this object, the outputs' places, the batch and the thresholds.
+        to this object, the outputs' addresses, the batch and the thresholds.
 
         Args:
             stream: with the run that writes the outputs already on it.
@@ -171,7 +171,7 @@ class Suppression:
                 input pixels.
         """
         reading = self._reading
-        places = [outputs[name].address for name in reading.tensors]
+        addresses = [outputs[name].address for name in reading.tensors]
         confidence = float(np.float32(nms.confidence))
         overlap = float32_thresholds(nms.iou)
         results = self._copy if batch <= DIRECT_ROWS else self._results
@@ -181,10 +181,10 @@ class Suppression:
         block = (_THREADS, 1, 1)
 
         grid = (-(-reading.anchors * reading.classes // _FOUND_BY_BLOCK), batch, 1)
-        values: tuple[Any, ...] = (*places, confidence, least_logit(nms.confidence), *found)
+        values: tuple[Any, ...] = (*addresses, confidence, least_logit(nms.confidence), *found)
         launch("find", grid, (256, 1, 1), _FIND_TYPES, values)
         if ranked:
-            values = (*places, confidence, *found, ranked)
+            values = (*addresses, confidence, *found, ranked)
             launch("rank", (_RANK_BLOCKS, batch, 1), block, _RANK_TYPES, values, early=True)
             columns, rows = (_CHUNK + _COMPARE_THREADS) // 32, _CHUNK // _COMPARE_THREADS // 2
             grid, small_block = (columns, rows, batch), (_COMPARE_THREADS, 1, 1)
@@ -192,7 +192,7 @@ class Suppression:
             launch("compare", grid, small_block, _COMPARE_TYPES, values, early=True)
         limits = confidence, nms.iou, *overlap, nms.max_detections
         mapping = 0 if clip is None else records, bool(clip)
-        values = (*places, *limits, *found, ranked, *mapping, results.address)
+        values = (*addresses, *limits, *found, ranked, *mapping, results.address)
         launch("suppress", (batch, 1, 1), block, _SUPPRESS_TYPES, values, early=True)
         if results is self._results:
             nbytes = result_bytes(nms.max_detections) * batch

@@ -28,7 +28,7 @@ from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.engines.reading import detector_of
 from trt_yolov6.engines.tensorrt.execution import ExecutionSlot, SharedState
 from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of
-from trt_yolov6.engines.tensorrt.pictures import Image, Pictures
+from trt_yolov6.engines.tensorrt.image_slots import Image, ImageSlots
 from trt_yolov6.errors import MissingDependencyError, UserError
 from trt_yolov6.spec import BatchProfile, NmsSettings, TensorSpec, image_size_of
 
@@ -43,24 +43,20 @@ _ROUNDS = 20
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """Method of making execution contexts, where TensorRT offers a choice.
-
-    make_config: makes the argument of `create_execution_context` from an `ICudaEngine`; None: there
-        is not an argument.
-    make_config_for_recording: the same, of contexts whose runs others record; None: `make_config`.
-    record_graph: runs are recorded as CUDA graphs by this package; False: TensorRT-RTX does it, or
-        nobody.
-    launches_graphs: runs are launched as CUDA graphs, whoever records them.
-    compiles_batch_sizes: kernels are compiled for each batch size, which takes seconds.
-    after_first_run: called whenever a batch size has run for the first time, and at the end.
-    """
+    """Method of making execution contexts, where TensorRT offers a choice."""
 
     make_config: MakeConfig | None = None
+    """Makes the argument of `create_execution_context`; None: there is not one."""
     make_config_for_recording: MakeConfig | None = None
+    """The same for contexts whose runs others record; None: `make_config`."""
     record_graph: bool = False
+    """Runs are recorded as CUDA graphs by this package; False: by TensorRT-RTX or not at all."""
     launches_graphs: bool = False
+    """Runs are launched as CUDA graphs, whoever records them."""
     compiles_batch_sizes: bool = False
+    """Kernels are compiled for each batch size, which takes seconds."""
     after_first_run: Callable[[], None] = lambda: None
+    """Called whenever a batch size has run for the first time, and at the end."""
 
 
 class TensorRTEngine(Engine):
@@ -102,8 +98,8 @@ class TensorRTEngine(Engine):
         self._slots: list[ExecutionSlot] = []
         self._idle: deque[ExecutionSlot] = deque()
         self._seen: set[int] = set()
-        self._pictures: Pictures | None = None
-        self._pictures_missing = False
+        self._image_slots: ImageSlots | None = None
+        self._takes_no_images = False
         self._decoder: JpegDecoder | None = None
         self._decoder_missing = False
         self._runtime: trt.Runtime | None
@@ -117,7 +113,7 @@ class TensorRTEngine(Engine):
         self._one_context = not flavour.shares_profiles and not self.batch.is_static
         if self._one_context:
             self.in_flight = 1
-            self._pictures_missing = True
+            self._takes_no_images = True
         make_config = self._contexts.make_config
         self._shared = SharedState(
             flavour=flavour,
@@ -179,7 +175,7 @@ class TensorRTEngine(Engine):
         return outputs
 
     def takes_images(self) -> bool:
-        return self._image_slots() is not None
+        return self._slots_for_images() is not None
 
     def start_images(
         self,
@@ -193,12 +189,12 @@ class TensorRTEngine(Engine):
         patient: bool = False,
     ) -> Run:
         self._check_open()
-        pictures = self._image_slots()
-        assert pictures is not None, "`takes_images` says whether there is this way"
+        slots = self._slots_for_images()
+        assert slots is not None, "`takes_images` says whether there is this way"
         rows = max(rows or len(images), self.batch.min)
         check_batch(self, rows)
         try:
-            return pictures.start(
+            return slots.start(
                 images, placed, rows, nms, clip=clip, after=after, patient=patient, done=self._ran
             )
         except OutOfGpuMemoryError as error:
@@ -208,10 +204,10 @@ class TensorRTEngine(Engine):
         self, images: Sequence[Image], placed: Sequence[Letterbox], nms: NmsSettings
     ) -> dict[str, float]:
         self._check_open()
-        pictures = self._image_slots()
-        assert pictures is not None, "`takes_images` says whether there is this way"
+        slots = self._slots_for_images()
+        assert slots is not None, "`takes_images` says whether there is this way"
         check_batch(self, len(images))
-        return pictures.stage_seconds(images, placed, nms)
+        return slots.stage_seconds(images, placed, nms)
 
     def jpeg_decoder(self) -> JpegDecoder | None:
         if self._decoder is None and not self._decoder_missing:
@@ -287,9 +283,9 @@ class TensorRTEngine(Engine):
             return
         self._contexts.after_first_run()
         # Dependents first: TensorRT wants the contexts gone before the engine.
-        if self._pictures is not None:
-            self._pictures.close()
-            self._pictures = None
+        if self._image_slots is not None:
+            self._image_slots.close()
+            self._image_slots = None
         self._decoder = None
         for slot in self._slots:
             slot.close()
@@ -356,19 +352,19 @@ class TensorRTEngine(Engine):
             f"{error}"
         )
 
-    def _image_slots(self) -> Pictures | None:
+    def _slots_for_images(self) -> ImageSlots | None:
         """Return the slots that take images, made when they are first wanted."""
-        if self._pictures is None and not self._pictures_missing:
+        if self._image_slots is None and not self._takes_no_images:
             self._check_open()
             shared, make_config = self._shared, self._contexts.make_config_for_recording
             if make_config is not None:
                 shared = dataclasses.replace(shared, context_config=make_config(shared.engine))
             shared = dataclasses.replace(shared, record_graph=self._contexts.launches_graphs)
             try:
-                self._pictures = Pictures(shared, self.preprocessing)
+                self._image_slots = ImageSlots(shared, self.preprocessing)
             except CudaError:  # no NVRTC, or no room
-                self._pictures_missing = True
-        return self._pictures
+                self._takes_no_images = True
+        return self._image_slots
 
     # --- running ----------------------------------------------------------------------------------
 

@@ -195,7 +195,7 @@ class ExecutionSlot:
 
         return enqueue
 
-    # --- for runs that others record, see `pictures` ----------------------------------------------
+    # --- for runs that others record, see `image_slots` -------------------------------------------
 
     @property
     def input_memory(self) -> DeviceMemory:
@@ -393,8 +393,8 @@ class ExecutionSlot:
         ]
         address = staging.ctypes.data
         for part in self._copiers.map(stage, parts):
-            place = part.start * each
-            self.stream.copy_in(self._device_input, address + place, len(part) * each, place)
+            offset = part.start * each
+            self.stream.copy_in(self._device_input, address + offset, len(part) * each, offset)
 
     @property
     def _bound(self) -> _BoundContext:

@@ -90,14 +90,14 @@ def engine_layers(log: str) -> tuple[EngineLayer, ...]:
 def _from_inspector(layer: dict[str, Any]) -> EngineLayer:
     kinds = {"Convolution": "correlation", "Deconvolution": "deconv"}
     name = str(layer.get("Name", ""))
-    told = _NODE.findall(str(layer.get("Metadata", "")))
+    nodes = _NODE.findall(str(layer.get("Metadata", "")))
     return EngineLayer(
         name=name,
         kind=kinds.get(layer.get("ParameterType", ""), str(layer.get("LayerType", "")).lower()),
         inputs=_formats(layer, "Inputs"),
         outputs=_formats(layer, "Outputs"),
         # TensorRT 8 has no metadata, but joins the names of what it fused and merged.
-        nodes=tuple(told) or tuple(re.split(r" \+ | \|\| ", name)),
+        nodes=tuple(nodes) or tuple(re.split(r" \+ | \|\| ", name)),
     )
 
 

@@ -102,10 +102,10 @@ def _insert_operators(
         steps = [("Sub", "shift", taken)] if taken.any() else []
         steps += [("Mul", "equalization", own)] if np.any(own != 1) else []
         source, made = name, []
-        for place, (operator, kind, value) in enumerate(steps, start=1):
+        for number, (operator, kind, value) in enumerate(steps, start=1):
             constant = f"{name}_{kind}"
             add_initializers(graph, {constant: value})
-            target = rescaled_name(name) if place == len(steps) else f"{name}_shifted"
+            target = rescaled_name(name) if number == len(steps) else f"{name}_shifted"
             made.append(helper.make_node(operator, [source, constant], [target], target))
             source = target
         if made:

@@ -132,12 +132,12 @@ def with_symmetric_int8(
     # It holds types of tensors that were unsigned.
     del result.graph.value_info[:]
     onnx.checker.check_model(result)
-    said = (
+    note = (
         f"unsigned levels rewritten as INT8: {halved} tensors from 0 up have half their resolution"
         if halved
         else "unsigned levels rewritten as INT8, which changes no value"
     )
-    return result, said
+    return result, note
 
 
 def _zero_point(graph: GraphIndex, node: onnx.NodeProto) -> NDArray[np.integer[Any]] | None:

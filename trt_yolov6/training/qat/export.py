@@ -39,11 +39,11 @@ def trained_graph(start: Start, trained: Trained, *, fp16: bool = False) -> Grap
         fp16=fp16,
         weight_scales=trained.weight_scales,
     )
-    said = {**(start.graph.calibration or {}), "rest": "fp16" if fp16 else "fp32"}
+    calibration = {**(start.graph.calibration or {}), "rest": "fp16" if fp16 else "fp32"}
     for name in ("agreement", "agreement_interval", "judged_on"):  # of what training began with
-        said.pop(name, None)
-    said["quantization_aware_training"] = True
-    return dataclasses.replace(start.graph, model=model, calibration=said)
+        calibration.pop(name, None)
+    calibration["quantization_aware_training"] = True
+    return dataclasses.replace(start.graph, model=model, calibration=calibration)
 
 
 def rounded_graph(trained: Trained) -> onnx.ModelProto:

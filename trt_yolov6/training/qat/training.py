@@ -155,7 +155,7 @@ def load_data(
     match = match_classes(
         "the checkpoint", graph.class_names, settings.data, data.class_names, [True] * count
     )
-    if match.places != tuple(range(count)):
+    if match.matches != tuple(range(count)):
         raise UserError(
             f"{settings.data} has the checkpoint's classes in another order and some by other "
             f"names; name them {', '.join(graph.class_names)}, as the checkpoint does."

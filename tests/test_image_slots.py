@@ -26,8 +26,8 @@ from trt_yolov6.data.loader import fill_row
 from trt_yolov6.engines.base import Engine
 from trt_yolov6.engines.cuda import letterbox, staging
 from trt_yolov6.engines.cuda.device import CudaError
-from trt_yolov6.engines.tensorrt import pictures
-from trt_yolov6.engines.tensorrt.pictures import Pictures
+from trt_yolov6.engines.tensorrt import image_slots
+from trt_yolov6.engines.tensorrt.image_slots import ImageSlots
 from trt_yolov6.errors import UserError
 from trt_yolov6.spec import NmsSettings
 
@@ -197,18 +197,18 @@ def engine(
         "compiled",
         lambda source, defines: HostKernels(libraries["BYTE_INPUT" in defines]),
     )
-    for module in (pictures, staging):
+    for module in (image_slots, staging):
         monkeypatch.setattr(module, "DeviceMemory", HostMemory)
         monkeypatch.setattr(module, "PinnedMemory", HostMemory)
-    monkeypatch.setattr(pictures, "Event", HostEvent)
-    monkeypatch.setattr(pictures, "ExecutionSlot", HostSlot)
+    monkeypatch.setattr(image_slots, "Event", HostEvent)
+    monkeypatch.setattr(image_slots, "ExecutionSlot", HostSlot)
     with load_tiny(tmp_path, uint8=request.param) as loaded:
         monkeypatch.setattr(HostSlot, "engine", loaded, raising=False)
         monkeypatch.setattr(HostSlot, "made", [], raising=False)
         yield loaded
 
 
-def pictures_of(engine: Engine) -> Pictures:
+def slots_of(engine: Engine) -> ImageSlots:
     locked = SimpleNamespace(holds=lambda array: array.flags.writeable is False)
     made: Any = SimpleNamespace(
         input=engine.input,
@@ -218,7 +218,7 @@ def pictures_of(engine: Engine) -> Pictures:
         reading=None,
         record_graph=True,
     )
-    return Pictures(made, engine.preprocessing)
+    return ImageSlots(made, engine.preprocessing)
 
 
 def image(seed: int) -> NDArray[np.uint8]:
@@ -236,7 +236,7 @@ def wanted(engine: Engine, images: list[NDArray[np.uint8]], rows: int) -> dict[s
     return engine.infer(array)
 
 
-def start(slots: Pictures, engine: Engine, images: list[NDArray[np.uint8]], rows: int) -> Any:
+def start(slots: ImageSlots, engine: Engine, images: list[NDArray[np.uint8]], rows: int) -> Any:
     placed = [fit((one.shape[0], one.shape[1]), engine.image_size) for one in images]
     return slots.start(images, placed, rows, NMS, patient=rows % 2 == 0)
 
@@ -251,7 +251,7 @@ def test_batches_give_what_prepared_input_gives(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, records: bool
 ) -> None:
     monkeypatch.setattr(HostSlot, "records", records)
-    slots = pictures_of(engine)
+    slots = slots_of(engine)
     for turn, (count, rows) in enumerate([(1, 1), (4, 4), (1, 1), (4, 4), (2, 4), (1, 1), (3, 3)]):
         images = [image(10 * turn + index) for index in range(count)]
         assert_results(start(slots, engine, images, rows).wait(), engine, images, rows)
@@ -264,7 +264,7 @@ def test_batches_give_what_prepared_input_gives(
 
 @pytest.mark.parametrize("size", [(64, 48), (150, 211)])
 def test_images_of_one_size_are_placed_at_once(engine: Engine, size: tuple[int, int]) -> None:
-    slots = pictures_of(engine)
+    slots = slots_of(engine)
     random = np.random.default_rng(3)
     for count, locked in [(4, ()), (4, (1, 2)), (3, (0,)), (1, ()), (1, (0,)), (2, (0, 1))]:
         images = [random.integers(0, 256, (*size, 3), np.uint8) for _ in range(count)]
@@ -274,7 +274,7 @@ def test_images_of_one_size_are_placed_at_once(engine: Engine, size: tuple[int, 
 
 
 def test_as_many_slots_are_made_as_batches_are_in_flight(engine: Engine) -> None:
-    slots = pictures_of(engine)
+    slots = slots_of(engine)
     batches = [[image(7 * turn + index) for index in range(2)] for turn in range(9)]
     running: list[Any] = []
     for turn, images in enumerate(batches):
@@ -287,7 +287,7 @@ def test_as_many_slots_are_made_as_batches_are_in_flight(engine: Engine) -> None
 
 
 def test_what_was_recorded_is_forgotten_when_a_context_changes(engine: Engine) -> None:
-    slots = pictures_of(engine)
+    slots = slots_of(engine)
     for turn in range(5):
         images = [image(turn)]
         assert_results(start(slots, engine, images, 1).wait(), engine, images, 1)
@@ -306,7 +306,7 @@ def test_memory_that_could_not_grow_is_not_written_to(
             raise CudaError("there is no room")
         return HostMemory(nbytes)
 
-    slots = pictures_of(engine)
+    slots = slots_of(engine)
     same = np.random.default_rng(0).integers(0, 256, (*engine.image_size, 3), np.uint8)
     monkeypatch.setattr(staging, "PinnedMemory", too_large)
     assert_results(start(slots, engine, [same], 1).wait(), engine, [same], 1)
@@ -316,7 +316,7 @@ def test_memory_that_could_not_grow_is_not_written_to(
 
 
 def test_a_batch_that_fails_to_start_leaves_its_slot_to_the_next(engine: Engine) -> None:
-    slots = pictures_of(engine)
+    slots = slots_of(engine)
     images = [image(1), image(2)]
     with pytest.raises(ValueError, match="zip"):
         slots.start(images, [fit(images[0].shape[:2], engine.image_size)], 2, NMS)

@@ -50,7 +50,7 @@ _Key: TypeAlias = "tuple[int, NmsSettings, bool | None]"
 """Rows, thresholds and `clip` of a recorded run."""
 
 
-class Pictures:
+class ImageSlots:
     """The slots of an engine that take images as they are.
 
     Args:
@@ -65,8 +65,8 @@ class Pictures:
         self._shared = shared
         self._preprocessing = preprocessing
         self._kernel = LetterboxKernel(shared.input, preprocessing)
-        self._slots: list[PictureSlot] = []
-        self._idle: deque[PictureSlot] = deque()
+        self._slots: list[ImageSlot] = []
+        self._idle: deque[ImageSlot] = deque()
         try:
             self._idle.append(self._new_slot())
         except BaseException:
@@ -127,13 +127,13 @@ class Pictures:
         self._slots.clear()
         self._idle.clear()
 
-    def _new_slot(self) -> PictureSlot:
-        slot = PictureSlot(self._shared, self._kernel, self._preprocessing.interpolation)
+    def _new_slot(self) -> ImageSlot:
+        slot = ImageSlot(self._shared, self._kernel, self._preprocessing.interpolation)
         self._slots.append(slot)
         return slot
 
 
-class PictureSlot:
+class ImageSlot:
     """One batch of images in flight."""
 
     def __init__(
@@ -194,7 +194,7 @@ class PictureSlot:
             self._end.record(stream)
 
     def _send_several(self, images: Sequence[Image], placed: Sequence[Letterbox]) -> None:
-        """Have images and their places on the GPU."""
+        """Send images, and a table of where each goes in the input, to the GPU."""
         here = [image for image in images if not isinstance(image, ImageView)]
         addresses, step = self._staging.place(here, self._slot.stream)
         if here and len(here) == len(placed) and _are_alike(images, placed):
@@ -264,9 +264,9 @@ class PictureSlot:
         return found
 
     def _send_alike(self, addresses: list[int], step: int, place: Letterbox) -> None:
-        """Have the places of images of one size on the GPU.
+        """Send the table of images of one size to the GPU.
 
-        Those of the last batch still lie there, and often are the same.
+        That of the last batch still lies there, and often is the same.
         """
         alike = (addresses, step, place)
         if alike != self._sent_alike:
