@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from support.documents import (
     Block,
+    QuickerSettings,
     blocks,
     commands,
-    quicker_settings,
     restored_registries,
     write_workspace,
 )
@@ -60,7 +60,7 @@ def test_code_blocks_run(
     monkeypatch.setattr(Architecture, "image_size", 64)
     # `compare` and Python name no options for this search, which has tests of its own.
     for module in ("comparison.engines", "quantization.settings"):
-        monkeypatch.setattr(f"trt_yolov6.{module}.QuantizationSettings", quicker_settings)
+        monkeypatch.setattr(f"trt_yolov6.{module}.QuantizationSettings", QuickerSettings)
     with restored_registries():
         for block in blocks(document):
             if block.runs_here:

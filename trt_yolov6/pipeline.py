@@ -347,10 +347,7 @@ def quantization_settings(
         float_layers=precision.float_layers or (),
     )
     for field in ("quantized", "fp16", "float_layers"):
-        if getattr(given, field) not in (
-            getattr(QuantizationSettings, field),
-            getattr(result, field),
-        ):
+        if getattr(given, field) not in (getattr(type(given), field), getattr(result, field)):
             raise UserError(
                 f"`{name}` contradicts `precision` {precision} on `{field}`; give it in "
                 "`precision`, such as int8+fp16:6."

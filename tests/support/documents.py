@@ -11,7 +11,6 @@ else about a command is as written, except for the time it may take (`_SHORTER`)
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import re
 import shlex
@@ -46,13 +45,19 @@ _SHORTER = {
 }
 _QUICKER = ("--calibrator", "minmax", "--no-equalize", "--no-reconstruct")
 """For `--int8`, whose search has tests of its own."""
-quicker_settings = functools.partial(QuantizationSettings, equalize=False, reconstruct=False)
-"""The same for `compare`, which searches at its defaults."""
 _KEPT = {"--onnx", "--resume"}
 """Options of commands that take no others."""
 
 _FENCE = re.compile(r"```(\w*)\n")
 _NEEDS = re.compile(r"<!-- needs: ([\w-]+) -->\n")
+
+
+@dataclass(frozen=True)
+class QuickerSettings(QuantizationSettings):
+    """The same for `compare`, which searches at its defaults."""
+
+    equalize: bool = False
+    reconstruct: bool = False
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def check_settings(settings: QuantizationSettings) -> None:
     if settings.max_ap_drop is None and settings.max_slowdown is None:
         raise UserError("`float_layers` auto needs a budget; give `max_ap_drop` or `max_slowdown`.")
     budget = settings.max_ap_drop, settings.max_slowdown
-    if settings.float_layers != "auto" and budget != (QuantizationSettings.max_ap_drop, None):
+    if settings.float_layers != "auto" and budget != (type(settings).max_ap_drop, None):
         raise UserError("`max_ap_drop` and `max_slowdown` are for `float_layers` auto; give that.")
     quantized = settings.quantized
     methods = methods_for(quantized)
