@@ -34,11 +34,11 @@ ROOT = Path(__file__).parents[1]
 PLAN = """
 models:
   - path: {root}/samples/yolov6n_bccd.pt
-    imgsz: {size}
+    image_size: {size}
 precisions: [{precisions}]
 batches: [1]
 data: {root}/samples
-calib: {root}/calib
+calibration: {root}/calib
 layers: false
 examples: 0
 rounds: {rounds}

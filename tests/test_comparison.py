@@ -411,7 +411,7 @@ def test_every_input_is_checked_before_anything_is_built(
         onnx.save(model, second.path)
         second = dataclasses.replace(second, decoder="ppyoloe")
     elif wrong == "calib":
-        changes = {"precisions": ("fp32", "int8"), "calib": tmp_path / "nowhere"}
+        changes = {"precisions": ("fp32", "int8"), "calibration": tmp_path / "nowhere"}
     else:
         second = dataclasses.replace(second, names=tmp_path / "nowhere.txt")
     both = dataclasses.replace(plan, models=(plan.models[0], second), **changes)
@@ -440,7 +440,8 @@ def test_a_detector_of_other_classes_is_timed_without_ap(
 
 
 @pytest.mark.parametrize(
-    "asked", [{"precisions": ("int8",)}, {"backends": ("tensorrt-rtx",)}, {"imgsz": (32, 32)}, {}]
+    "asked",
+    [{"precisions": ("int8",)}, {"backends": ("tensorrt-rtx",)}, {"image_size": (32, 32)}, {}],
 )
 def test_an_engine_that_is_not_as_asked_is_said_to_be_taken_as_it_is(
     finished: Path, data: Path, tmp_path: Path, asked: dict[str, Any]
@@ -453,15 +454,22 @@ def test_an_engine_that_is_not_as_asked_is_said_to_be_taken_as_it_is(
     assert any("is fp32 already and is taken as it is" in line for line in told) is bool(asked)
 
 
-def test_imgsz_is_that_of_every_model_that_has_none_of_its_own(tmp_path: Path) -> None:
+def test_the_image_size_is_that_of_every_model_that_has_none_of_its_own(tmp_path: Path) -> None:
     paths = [tmp_path / "a.pt", tmp_path / "b.onnx"]
-    assert [entry.imgsz for entry in plan_of(paths, imgsz=(320, 320)).models] == [(320, 320)] * 2
+    assert [entry.image_size for entry in plan_of(paths, image_size=(320, 320)).models] == [
+        (320, 320)
+    ] * 2
     plan = tmp_path / "plan.yaml"
-    plan.write_text("models: [a.pt, {path: b.pt, imgsz: 96}]\nimgsz: 64\n")
-    assert [entry.imgsz for entry in plan_of(plan).models] == [(64, 64), (96, 96)]
-    assert [entry.imgsz for entry in plan_of(plan, imgsz=(32, 32)).models] == [(32, 32), (96, 96)]
-    plan.write_text("models: [a.pt]\nimgsize: 64\n")
-    with pytest.raises(UserError, match=r"'imgsize' is not a key \(did you mean imgsz\?\)"):
+    plan.write_text("models: [a.pt, {path: b.pt, image_size: 96}]\nimage_size: 64\n")
+    assert [entry.image_size for entry in plan_of(plan).models] == [(64, 64), (96, 96)]
+    assert [entry.image_size for entry in plan_of(plan, image_size=(32, 32)).models] == [
+        (32, 32),
+        (96, 96),
+    ]
+    plan.write_text("models: [a.pt]\nimage_sizes: 64\n")
+    with pytest.raises(
+        UserError, match=r"'image_sizes' is not a key \(did you mean image_size\?\)"
+    ):
         plan_of(plan)
 
 

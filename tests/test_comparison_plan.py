@@ -20,11 +20,11 @@ def test_a_plan_in_yaml_is_that_in_python(tmp_path: Path) -> None:
         """
 models:
   - n.pt
-  - {path: other/x.onnx, name: x, precisions: [fp16], names: x.txt, imgsz: [320, 640]}
+  - {path: other/x.onnx, name: x, precisions: [fp16], names: x.txt, image_size: [320, 640]}
 precisions: [fp32, "int8+fp16:6"]
 batches: 4
 data: d
-calib: /c
+calibration: /c
 rounds: 5
 """
     )
@@ -36,7 +36,7 @@ rounds: 5
         precisions=("fp32", "int8+fp16:6"),
         batches=(1, 8),
         data=tmp_path / "d",
-        calib=Path("/c"),
+        calibration=Path("/c"),
         rounds=5,
         duration=2.0,
     )

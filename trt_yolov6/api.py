@@ -210,7 +210,7 @@ def compare(
         other_device: take a baseline from another device.
         progress: show a progress bar, if standard error is a terminal.
         plan: fields of `comparison.plan.Plan`, such as `precisions=("fp32", "int8")`,
-            `batches=(1, 32)`, `data="samples"`, `calib="calib"`, `rounds=8`, `duration=10`.
+            `batches=(1, 32)`, `data="samples"`, `calibration="calib"`, `rounds=8`, `duration=10`.
 
     Returns:
         The results, see `comparison.results`.

@@ -13,9 +13,9 @@ DEFAULT_OUTPUT = Path("runs/compare")
 _LIMITS = ("max_slowdown", "max_ap_drop", "strict", "other_device")
 
 _PLAN = (
-    *("precisions", "batches", "backends", "imgsz", "data", "split", "calib", "calibrator"),
-    *("rounds", "duration", "layers", "examples", "confidence", "iou", "max_detections", "border"),
-    *("threads", "provider"),
+    *("precisions", "batches", "backends", "image_size", "data", "split", "calibration"),
+    *("calibrator", "rounds", "duration", "layers", "examples", "confidence", "iou"),
+    *("max_detections", "border", "threads", "provider"),
 )
 
 
@@ -45,9 +45,15 @@ def add(commands: common.Commands) -> None:
     parser.add_argument("--batches", type=_numbers, metavar="N,...", help="batch sizes (1,32)")
     parser.add_argument("--backends", type=_texts, metavar="B,...", help="backends (auto)")
     text = "input size of the engines that are built (that of `train`, an ONNX file's own)"
-    common.add_image_size(parser, text, dest="imgsz")
+    common.add_image_size(parser, text)
     common.add_data(parser)
-    parser.add_argument("--calib", type=Path, metavar="DIR", help="calibration images (calib/)")
+    parser.add_argument(
+        "--calib",
+        dest="calibration",
+        type=Path,
+        metavar="DIR",
+        help="calibration images (calib/)",
+    )
     parser.add_argument("--calibrator", choices=common.CALIBRATORS, help="calibrator (auto)")
     parser.add_argument(
         "--output",

@@ -146,10 +146,9 @@ def add_data(
 def add_image_size(
     parser: argparse._ActionsContainer,
     text: str = "input size, a multiple of 32 (`train`'s; the authors' 640, P6 1280, Lite 320)",
-    dest: str = "image_size",
 ) -> None:
     """Add --imgsz."""
-    parser.add_argument("--imgsz", dest=dest, type=image_size, metavar="N|HxW", help=text)
+    parser.add_argument("--imgsz", dest="image_size", type=image_size, metavar="N|HxW", help=text)
 
 
 def add_ends(parser: argparse._ActionsContainer) -> None:

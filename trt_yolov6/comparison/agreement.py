@@ -151,7 +151,7 @@ def _calibration(work: Work, one: BuiltCase) -> Sequence[Path]:
     choice = one.case.choice
     if choice is None or not choice.quantizes:
         return ()
-    return calibration_images(work.plan.calib)
+    return calibration_images(work.plan.calibration)
 
 
 def _judged_images(work: Work, dataset: CocoDataset, one: BuiltCase) -> int:

@@ -203,7 +203,7 @@ def _record(work: Work, case: Case, profile: BatchProfile) -> Mapping[str, Any]:
     inputs = {
         "source": case.source.sha256,
         "names": entry.names and list(read_class_names(entry.names)),
-        "imgsz": entry.imgsz,
+        "image_size": entry.image_size,
         "decoder": entry.decoder,
         "preprocess": entry.preprocess,
         "precision": str(choice),
@@ -238,7 +238,7 @@ def _build(work: Work, case: Case, choice: Precision, profile: BatchProfile) -> 
         calibrator: Any = work.plan.calibrator
         graph = quantize(
             graph,
-            work.plan.calib,
+            work.plan.calibration,
             precision=choice,
             settings=QuantizationSettings(calibrator=calibrator, border=work.plan.border),
             table=table_path(path),
@@ -263,7 +263,7 @@ def _graph(
         work.graphs[key] = export(
             entry.path,
             precision=precision,
-            image_size=entry.imgsz,
+            image_size=entry.image_size,
             batch=profile,
             class_names=entry.names,
             decoder=entry.decoder,
@@ -274,7 +274,7 @@ def _graph(
 
 def _calibration_inputs(plan: Plan) -> Mapping[str, Any]:
     return {
-        "images": images_sha256(calibration_images(plan.calib)),
+        "images": images_sha256(calibration_images(plan.calibration)),
         "calibrator": plan.calibrator,
         "border": plan.border,
     }
@@ -344,7 +344,7 @@ def _source(work: Work, entry: ModelEntry) -> SourceFile:
         "manifest": manifest,
         "decoder": entry.decoder,
         "names": str(entry.names) if entry.names else None,
-        "imgsz": entry.imgsz,
+        "image_size": entry.image_size,
         "preprocess": list(entry.preprocess),
     }
 
@@ -361,7 +361,7 @@ def _source(work: Work, entry: ModelEntry) -> SourceFile:
     is_as_asked = (
         (entry.precisions or work.plan.precisions) in (("fp32",), (source.precision,))
         and work.plan.backends in (("auto",), (source.backend,))
-        and entry.imgsz is None
+        and entry.image_size is None
     )
     if not source.buildable and not is_as_asked:
         _log.info(

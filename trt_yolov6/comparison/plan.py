@@ -8,7 +8,7 @@ A plan in YAML; every key but `models` may be left out, and paths are relative t
         name: yolox-s                      # what it is called in the results
         precisions: [fp16]                 # instead of those below
         names: classes.txt                 # class names, one a line or COCO JSON
-        imgsz: 640                         # input size, where not that of all below
+        image_size: 640                    # where not that of all below
         decoder: yolox                     # where the family cannot be recognized
         preprocess: [colour=rgb]           # what differs from the family's pre-processing
     precisions: [fp32, int8, "int8:6"]
@@ -16,10 +16,10 @@ A plan in YAML; every key but `models` may be left out, and paths are relative t
     backends: [auto]
     data: samples
     split: val
-    calib: calib
+    calibration: calib
     rounds: 8
     duration: 10
-    imgsz: 640                             # of checkpoints, and of graphs that leave it open
+    image_size: 640                        # of checkpoints, and of graphs that leave it open
 
 A precision is `fp32`, `fp16`, `int8` or `fp8`; after the last two, `+fp16` makes the rest half
 precision, and `:6` or `:auto` leaves that many sensitive layers in float, as in `int8+fp16:6`.
@@ -61,7 +61,7 @@ class ModelEntry:
     """Instead of the plan's."""
     names: Path | None = None
     """Class names for an ONNX file: text, one a line, or COCO JSON."""
-    imgsz: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = None
     """Height and width; default: those of the training, and an ONNX file's own."""
     decoder: str | None = None
     """The family of an ONNX file, see `detectors.families`; None finds out."""
@@ -69,9 +69,8 @@ class ModelEntry:
     """Changes to the family's pre-processing, each FIELD=VALUE of `Preprocessing`."""
 
     def __post_init__(self) -> None:
-        _change(
-            self, path=Path(self.path), imgsz=None if self.imgsz is None else two_sides(self.imgsz)
-        )
+        size = None if self.image_size is None else two_sides(self.image_size)
+        _change(self, path=Path(self.path), image_size=size)
 
     @property
     def label(self) -> str:
@@ -95,7 +94,7 @@ class Plan:
     data: Path = Path("samples")
     """A data set's folder or `data.yaml`."""
     split: str | None = None
-    calib: Path = Path("calib")
+    calibration: Path = Path("calib")
     """Calibration images for INT8 and FP8."""
     calibrator: str = "auto"
     rounds: Annotated[int, Meta(ge=3)] = 8
@@ -126,7 +125,7 @@ class Plan:
             precisions=_several(self.precisions),
             backends=_several(self.backends),
             data=Path(self.data),
-            calib=Path(self.calib),
+            calibration=Path(self.calibration),
         )
         if not self.models:
             raise UserError("there is nothing to compare; name checkpoints, ONNX files or engines.")
@@ -178,8 +177,8 @@ def plan_of(
 
     Args:
         models: their paths, or a plan or that of its file.
-        changes: fields of `Plan`, which replace a plan's own, and, except for a `Plan`, `imgsz`,
-            the height and width of what is built.
+        changes: fields of `Plan`, which replace a plan's own, and, except for a `Plan`,
+            `image_size`, the height and width of what is built.
 
     Raises:
         UserError: a model is of a kind that cannot be compared, or the plan's file is missing, is
@@ -202,8 +201,8 @@ def plan_of(
                 f"{path} is not a checkpoint, ONNX file or engine ({', '.join(MODEL_SUFFIXES)}); "
                 "name such a file."
             )
-    size = changes.pop("imgsz", None)
-    return Plan(tuple(ModelEntry(path, imgsz=size) for path in paths), **changes)
+    size = changes.pop("image_size", None)
+    return Plan(tuple(ModelEntry(path, image_size=size) for path in paths), **changes)
 
 
 def _read_plan(path: Path, changes: dict[str, Any]) -> Plan:
@@ -211,10 +210,12 @@ def _read_plan(path: Path, changes: dict[str, Any]) -> Plan:
     if not isinstance(value, dict) or not isinstance(value.get("models"), list):
         raise UserError(f"{path} has no list `models`; name what is to be compared there.")
     models = value.pop("models")
-    fields = {**_fields(path, "", value, {**get_type_hints(Plan), "imgsz": _SIZE}), **changes}
-    size = fields.pop("imgsz", None)
+    fields = {**_fields(path, "", value, {**get_type_hints(Plan), "image_size": _SIZE}), **changes}
+    size = fields.pop("image_size", None)
     entries = [_model(path, entry) for entry in models]
-    sized = tuple(dataclasses.replace(entry, imgsz=entry.imgsz or size) for entry in entries)
+    sized = tuple(
+        dataclasses.replace(entry, image_size=entry.image_size or size) for entry in entries
+    )
     return Plan(sized, **fields)
 
 
@@ -237,9 +238,9 @@ def _fields(path: Path, where: str, value: dict[Any, Any], types: dict[str, Any]
     check_keys(path, where, value, list(types))
     found: dict[str, Any] = {}
     for key, item in value.items():
-        if not isinstance(item, list) and (get_origin(types[key]) is tuple or key == "imgsz"):
+        if not isinstance(item, list) and (get_origin(types[key]) is tuple or key == "image_size"):
             item = [item]
-        if key == "imgsz" and len(item) == 1:
+        if key == "image_size" and len(item) == 1:
             item = item * 2
         found[key] = as_record(
             item,
@@ -247,8 +248,8 @@ def _fields(path: Path, where: str, value: dict[Any, Any], types: dict[str, Any]
             f"{path}: {where}{key}",
             decode=lambda _, name: path.parent / Path(name),
         )
-        if key == "imgsz" and min(found[key]) < 1:
-            raise UserError(f"{path}: {where}imgsz: a side is below 1; correct it.")
+        if key == "image_size" and min(found[key]) < 1:
+            raise UserError(f"{path}: {where}image_size: a side is below 1; correct it.")
     return found
 
 

@@ -64,7 +64,7 @@ def compare(
     cases = cases_of(work)
     dataset = load_coco(plan.data, plan.split)
     if any(case.choice is not None and case.choice.quantizes for case in cases):
-        calibration_images(plan.calib)  # refused now, not after the first engines
+        calibration_images(plan.calibration)  # refused now, not after the first engines
     data = data_record(dataset)
     if baseline is not None:
         check_basis(data, settings_of(plan), baseline)
