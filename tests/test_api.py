@@ -359,6 +359,12 @@ def test_what_is_quantized_is_written_where_it_is_asked_for(folder: Path, tmp_pa
     assert trt_yolov6.export(written).precision == graph.precision == "int8"
 
 
+@pytest.mark.parametrize("value", ["0.3", True, np.array([0.3]), [0.3]])
+def test_a_threshold_that_is_not_a_number_is_named(value: Any) -> None:
+    with pytest.raises(UserError, match="`confidence` must be a number, got "):
+        PredictOptions(confidence=value)
+
+
 def test_options_given_as_a_dictionary_are_named_with_their_class(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -198,7 +198,7 @@ def test_faulty_objects_count_as_in_pycocotools_and_are_noted(
     expected = by_pycocotools(spoilt, found)[0]
     assert result.ap == pytest.approx(expected, abs=1e-6)
     assert 0.8 < expected < 1
-    assert result.notes[0].startswith("2 objects of ")
+    assert "has 2 objects outside the image, without area or annotated twice" in result.notes[0]
 
 
 def rewrite(dataset: CocoDataset, change: Callable[[dict[str, Any]], None]) -> CocoDataset:
@@ -327,7 +327,7 @@ def test_a_class_the_data_does_not_have_is_refused_when_the_engine_names_none(
         (tmp_path / "bare.onnx").write_bytes(engine.path.read_bytes())
     with (
         load_engine(tmp_path / "bare.onnx") as engine,
-        pytest.raises(UserError, match=r"class 1 .*has 1 classes"),
+        pytest.raises(UserError, match=r"class 1 .*has 1 class;"),
     ):
         evaluate(engine, load_coco(cells.root), PredictOptions(batch=1), progress=False)
 

@@ -234,7 +234,7 @@ def with_input(*shape: int | str) -> onnx.ModelProto:
         ((1, 3, 32, 32), {"image_size": (64, 64)}, "takes images of 32x32, not 64x64"),
         ((1, 3, 32, 32), {"batch": BatchProfile(2, 2, 2)}, "takes batch 1 only"),
         ((1, 3 * 32 * 32), {}, r"takes \[1, 3072\], not a batch of images"),
-        ((1, 3, 32, 32), {"class_names": ("one",)}, r"1 class names were given .* has \d+ classes"),
+        ((1, 3, 32, 32), {"class_names": ("one",)}, r"has \d+ class.* `class_names` has 1;"),
     ],
 )
 def test_what_a_file_leaves_open_or_fixes_is_said(

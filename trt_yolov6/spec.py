@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.common.ranges import plain
 from trt_yolov6.errors import UserError
 
 PrecisionName = Literal["fp32", "fp16", "int8", "int8-dynamic", "fp8"]
@@ -222,9 +223,10 @@ class NmsSettings:
     max_detections: int = 300
 
     def __post_init__(self) -> None:
-        for name in ("confidence", "iou", "max_detections"):
-            if hasattr(value := getattr(self, name), "item"):  # of NumPy, which JSON does not take
-                object.__setattr__(self, name, value.item())
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, number := plain(value))
+            if type(number) not in (float, int):
+                raise UserError(f"`{name}` must be a number, got {value!r}.")
         if not 0 <= self.confidence < 1:
             raise UserError(
                 f"`confidence` {self.confidence} is out of range; give 0 to less than 1."

@@ -103,7 +103,7 @@ def _how_measured(result: BenchmarkResult) -> str:
             certainty += " when the time was up"
     if not result.disturbed and result.all_runs > result.quiet_runs:
         left_out = result.all_runs - result.quiet_runs
-        certainty += f"; {left_out} more were disturbed by other processes and left out"
+        certainty += f"; {left_out} more, disturbed by other processes, left out"
     drift = ", not yet steady" if result.warm_up.steady is False else ""
     return (
         f"{counted(latency.runs, 'run')}, {certainty}; after {result.warm_up.runs} to warm up "

@@ -113,7 +113,7 @@ def _infer_on_ray(options: argparse.Namespace) -> None:
         form=(options.formats or ["jsonl"])[0],
     )
     if summary.done_before:
-        say(f"{summary.done_before} images were done already")
+        say(f"done already: {counted(summary.done_before, 'image')}")
     for _, reason in summary.failures[:_SHOWN_FAILURES]:
         say(f"skipped: {reason}")
     more = len(summary.failures) - _SHOWN_FAILURES

@@ -56,8 +56,9 @@ def joined(*parts: object) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """Return a number of things, such as `1 image` or `2 images`."""
-    return f"{number} {what}{'s' * (number != 1)}"
+    """Return a number of things, such as `1 image`, `2 images` or `2 classes`."""
+    plural = "es" if what.endswith("s") else "s"
+    return f"{number} {what}{plural * (number != 1)}"
 
 
 def of_highest(now: float | None, highest: float | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trt_yolov6.common.text import counted
 from trt_yolov6.errors import ClassesDifferError
 
 _PLACEHOLDER = re.compile(r"class_\d+")
@@ -73,8 +74,8 @@ def match_classes(
         if len(left) != len(unknown) or len(names) != len(data_names) - len(without):
             missing = ", ".join(data_names[index] for index in unknown[:5])
             raise ClassesDifferError(
-                f"{engine} knows {len(names)} classes ({_listed(names)}), but not {missing} of "
-                f"{data}; evaluate the engine on the data set it was trained for."
+                f"{engine} knows {counted(len(names), 'class')} ({_listed(names)}), but not "
+                f"{missing} of {data}; evaluate the engine on the data set it was trained for."
             )
         for own_index, index in zip(left, unknown, strict=True):
             matches[own_index] = index
@@ -134,8 +135,8 @@ def _by_order(
         kept = [index for index in kept if used[index]]
         if len(kept) != len(names):
             raise ClassesDifferError(
-                f"{engine} knows {len(names)} classes, {data} has {len(data_names)}; evaluate the "
-                "engine on the data set it was trained for."
+                f"{engine} knows {counted(len(names), 'class')}, {data} has {len(data_names)}; "
+                "evaluate the engine on the data set it was trained for."
             )
         without = [index for index in range(len(data_names)) if not used[index]]
         notes.append(_left_out(data, data_names, without))

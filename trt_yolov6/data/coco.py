@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.common.text import counted
 from trt_yolov6.data.annotations import check_units, find_image, flag, identity, number, whole
 from trt_yolov6.data.images import read_image, upright_size
 from trt_yolov6.data.jpeg import Jpeg, open_image
@@ -172,8 +173,8 @@ def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
     notes = found.report.notes
     if problems:
         notes += (
-            f"{len(problems)} objects of {file} count though they lie outside their image, have no "
-            f"area or occur twice; the first: {problems[0].sentence}",
+            f"{file} has {counted(len(problems), 'object')} outside the image, without area or "
+            f"annotated twice, which count as well; the first: {problems[0].sentence}",
         )
     return dataclasses.replace(found.dataset, notes=notes)
 

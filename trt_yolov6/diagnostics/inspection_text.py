@@ -101,7 +101,7 @@ def _manifest_rows(inspection: Inspection) -> list[tuple[str, str]]:
     check = "matches this file"
     if not inspection.matches_manifest:
         check = "describes ANOTHER file (cut short, or replaced): build the engine again"
-    classes = f"{len(manifest.class_names)} classes"
+    classes = counted(len(manifest.class_names), "class")
     outputs = f"outputs {manifest.output_layout}; images: {manifest.preprocessing}"
     rows = [
         ("manifest", check),

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from trt_yolov6.common.files import sha256_file
+from trt_yolov6.common.text import counted
 from trt_yolov6.detectors.layouts import LAYOUTS
 from trt_yolov6.detectors.metadata import (
     check_input,
@@ -134,8 +135,8 @@ def _class_names(path: Path, names: tuple[str, ...] | None, count: int | None) -
         return numbered_classes(count, path)
     if count is not None and len(names) != count:
         raise UserError(
-            f"{len(names)} class names were given for {path}, which has {count} classes; "
-            "check `class_names`.",
+            f"{path} has {counted(count, 'class')}, and `class_names` has {len(names)}; give "
+            "as many names.",
         )
     return names
 

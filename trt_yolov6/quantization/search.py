@@ -19,6 +19,7 @@ from typing import Any
 import onnx
 
 from trt_yolov6.common.statistics import Interval
+from trt_yolov6.common.text import counted
 from trt_yolov6.data.calibration import evenly
 from trt_yolov6.detectors.detections import Detections
 from trt_yolov6.errors import UserError
@@ -386,7 +387,7 @@ class Search:
             value = budget.score(models)
             ap = None if self._labelled is None else value
             self._keep("float layers", whole, models, start, ap)
-            _log.info(f"{len(layers)} layers in float: {budget.text(value)}")
+            _log.info(f"{counted(len(layers), 'layer')} in float: {budget.text(value)}")
             return value
 
         return choose_float_layers(

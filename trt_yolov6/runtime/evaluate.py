@@ -22,6 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from trt_yolov6.common.progress import progress_bar
 from trt_yolov6.common.ranges import of_class
+from trt_yolov6.common.text import counted
 from trt_yolov6.data.class_matching import match_classes
 from trt_yolov6.data.coco import CocoDataset, CocoImage, open_coco_image, read_coco_image
 from trt_yolov6.data.loader import Batch
@@ -227,8 +228,8 @@ class _Matcher:
         if highest >= len(truth.categories):
             raise ClassesDifferError(
                 f"the engine finds class {highest} (from 0), {truth.dataset.annotation_file} has "
-                f"{len(truth.categories)} classes; evaluate the engine on the data set it was "
-                "trained for."
+                f"{counted(len(truth.categories), 'class')}; evaluate the engine on the data set "
+                "it was trained for."
             )
         results = [
             entry

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trt_yolov6.checkpoints.loading import Checkpoint, load_checkpoint
+from trt_yolov6.common.text import counted
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.fusion import single_branch
 from trt_yolov6.models.head import HeadLevel
@@ -101,7 +102,8 @@ def _from_checkpoint(
     return Start(
         model,
         (
-            f"{checkpoint.path} has {arch.num_classes} classes, the data set {len(class_names)}: "
+            f"{checkpoint.path} has {counted(arch.num_classes, 'class')}, the data set "
+            f"{len(class_names)}: "
             f"the class predictions of the head start at random, the other {len(taken)} of "
             f"{len(own)} tensors are taken over.",
         ),

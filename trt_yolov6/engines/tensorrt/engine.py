@@ -218,6 +218,7 @@ class TensorRTEngine(Engine):
         return self._decoder
 
     def empty_image(self, height: int, width: int) -> NDArray[np.uint8]:
+        """Return an uninitialized image, (height, width, 3), that the GPU reads where it lies."""
         return self._pinned.array((height, width, 3), np.dtype(np.uint8))
 
     def empty_input(self, rows: int) -> NDArray[Any]:
