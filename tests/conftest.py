@@ -214,38 +214,15 @@ def traced_once(make_once: Callable[..., Any]) -> Iterator[Callable[..., Any] | 
     """Let PyTorch trace a network once a run: it takes seconds, and dozens of tests want the same.
 
     A network is the same if its modules, architecture, input and options are. Its weights are put
-    into the graph of one in which no two are equal. Where every operator has an ONNX function
-    already, decomposing finds the same operators again, for half of the time, and is left out;
-    splits of MBLA and Lite are numbered otherwise then. Yields PyTorch's own export.
+    into the graph of one in which no two are equal. Yields PyTorch's own export.
     """
     if importlib.util.find_spec("torch") is None:
         yield None  # as on a machine that only runs engines
         return
     import torch
-    from torch.onnx._internal.exporter import _fx_passes
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    trace, decompose = torch.onnx.export, _fx_passes.decompose_with_registry
-
-    def decomposed_if_needed(
-        program: torch.export.ExportedProgram, registry: ONNXRegistry
-    ) -> torch.export.ExportedProgram:
-        calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
-        return program if all(map(registry.is_registered, calls)) else decompose(program, registry)
-
-    def transposed(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        stride: list[int],
-        padding: list[int],
-        output_padding: list[int],
-        groups: int,
-        dilation: list[int],
-    ) -> torch.Tensor:
-        return torch.convolution(
-            x, weight, bias, stride, padding, dilation, True, output_padding, groups
-        )
+    trace = torch.onnx.export
 
     def traced(module: torch.nn.Module, args: tuple[torch.Tensor, ...], **options: Any) -> Traced:
         shapes = [(tuple(one.shape), one.dtype) for one in args]
@@ -257,13 +234,7 @@ def traced_once(make_once: Callable[..., Any]) -> Iterator[Callable[..., Any] | 
             generator = torch.Generator().manual_seed(0)
             for value in unequal.state_dict().values():
                 value.normal_(generator=generator)
-            for one in unequal.modules():
-                if hasattr(one, "inplace"):
-                    one.inplace = False  # type: ignore[assignment]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(_fx_passes, "decompose_with_registry", decomposed_if_needed)
-                patch.setattr(torch.nn.functional, "conv_transpose2d", transposed)
-                program = trace(unequal, args, **options)
+            program = trace(unequal, args, **options)
             assert program is not None
             return Traced(program.model_proto.SerializeToString())
 
