@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.cli import main
+from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, graph_from_checkpoint
 from trt_yolov6.models import Architecture, YOLOv6, fuse, single_branch
 from trt_yolov6.models.blocks import ConvBN, ScaledRepConv
@@ -425,6 +426,19 @@ def test_a_search_without_a_teacher_is_part_of_a_distillation(data: Path) -> Non
     assert (search.epochs, search.plain_epochs, search.teacher) == (40, 10, None)
     shorter = dataclasses.replace(settings, rep_optimizer=RepOptimizerSettings(search_epochs=8))
     assert search_settings(shorter).plain_epochs == 2
+
+
+def test_a_teacher_of_other_classes_is_refused_before_the_search(
+    data: Path, mini: str, tmp_path: Path
+) -> None:
+    teacher = write_tiny(tmp_path / "five.pt", num_classes=5)
+    settings = dataclasses.replace(
+        recipe_for(mini, str(data), epochs=1, teacher=teacher, image_size=64, val_split=None),
+        rep_optimizer=RepOptimizerSettings(),
+    )
+    with pytest.raises(UserError, match="knows other classes than the data set"):
+        train(settings, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "search").exists()
 
 
 @pytest.mark.slow

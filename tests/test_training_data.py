@@ -18,7 +18,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.training import dataset as dataset_module
 from trt_yolov6.training.augmentation import AugmentationSettings, worth_keeping
 from trt_yolov6.training.data_validation import BadDataError, settle
-from trt_yolov6.training.dataset import TrainingSet, load_training_set
+from trt_yolov6.training.dataset import TrainingSet, data_notes, load_training_set
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -243,6 +243,22 @@ def test_crowds_are_left_out_and_images_without_annotation_counted(tmp_path: Pat
     assert (report.images, report.annotations) == (3, 2)
     held = load_training_set(folder, None, 40, "cpu", progress=False)
     assert (len(held), len(held.boxes)) == (3, 1)
+
+
+def test_objects_that_are_too_small_to_train_on_are_counted(tmp_path: Path) -> None:
+    thin, tiny = (
+        {**GOOD, "id": 2, "bbox": [0, 20, 39, 1.5]},
+        {**GOOD, "id": 3, "bbox": [9, 9, 1, 1]},
+    )
+    folder = write_set(tmp_path, [GOOD, thin, tiny])
+    for size, lost in ((40, 2), (160, 1)):
+        held = load_training_set(folder, None, size, "cpu", progress=False)
+        (note,) = data_notes(held, tmp_path / "report.json", None)
+        assert note.startswith(
+            f"left out of training unless enlarged: {lost} of 3 objects, at most 2"
+        )
+        _, targets = unaugmented(held, [0])
+        assert int(targets.present.sum()) == 3 - lost
 
 
 def test_the_report_is_written_whole(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from trt_yolov6.data.images import same_files
 from trt_yolov6.data.letterbox import Letterbox, fill, fit
 from trt_yolov6.errors import UserError
 from trt_yolov6.training.augmentation import (
+    MAX_ASPECT,
+    MIN_SIDE,
     AugmentationSettings,
     BatchPlan,
     draw,
@@ -29,6 +31,7 @@ from trt_yolov6.training.augmentation import (
     place_boxes,
     plan_batch,
     to_device,
+    worth_keeping,
 )
 from trt_yolov6.training.data_validation import (
     CheckedSplit,
@@ -241,6 +244,13 @@ def data_notes(
     if count := len(data.report.problems):
         left = counted(count, "problem")
         notes.append(f"left out of training: {left} of the data; see {report_file}.")
+    boxes = data.boxes.numpy().astype(np.float64)
+    if lost := int((~worth_keeping(boxes, boxes)).sum()):
+        notes.append(
+            f"left out of training unless enlarged: {lost} of {counted(len(boxes), 'object')}, at "
+            f"most {MIN_SIDE:g} pixels wide or high, or at least {MAX_ASPECT:g} times as long as "
+            f"wide, in images of {data.image_size} pixels."
+        )
     paths = [image.path for image in validation.images] if validation else []
     if same := same_files(paths, data.files):
         (one, other), of = same[0], counted(len(paths), "validation image")

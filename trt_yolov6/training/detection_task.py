@@ -21,6 +21,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.models.blocks import BN_MOMENTUM
 from trt_yolov6.models.fusion import fuse
 from trt_yolov6.models.network import Raw, YOLOv6
+from trt_yolov6.models.variants import Architecture
 from trt_yolov6.training.dataset import (
     DATA_REPORT_FILE,
     TrainingSet,
@@ -101,7 +102,9 @@ def detection_task(
     )
     average = WeightAverage(model, *average_for(plan.total_updates, settings.ema_decay))
     scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
-    teacher = _teacher(settings, model, data.class_names, device)
+    teacher = teacher_of(settings, model.arch, data.class_names)
+    if teacher is not None:
+        teacher = placed(teacher, device)
     is_graphed = uses_cuda_graphs(settings, device, autocast)
     network = _wrapped(model, settings, processes, autocast if is_graphed else None)
 
@@ -236,9 +239,14 @@ def _autocast_type(settings: TrainSettings, device: torch.device) -> torch.dtype
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
-def _teacher(
-    settings: TrainSettings, student: YOLOv6, class_names: tuple[str, ...], device: torch.device
+def teacher_of(
+    settings: TrainSettings, student: Architecture, class_names: tuple[str, ...]
 ) -> YOLOv6 | None:
+    """Return the teacher, fused, on the CPU; None without one.
+
+    Raises:
+        UserError: it cannot teach this network on this data.
+    """
     if settings.teacher is None:
         return None
     checkpoint = load_checkpoint(settings.teacher)
@@ -247,14 +255,14 @@ def _teacher(
         raise UserError(
             f"the teacher {checkpoint.path} knows other classes than the data set; train one on it."
         )
-    ways = [(one.head, one.reg_max, one.strides) for one in (arch, student.arch)]
+    ways = [(one.head, one.reg_max, one.strides) for one in (arch, student)]
     if ways[0] != ways[1]:
         raise UserError(
             f"the teacher {checkpoint.path} predicts boxes in another way than the student; give "
             "one with the same head, the same DFL bins and as many levels."
         )
     check_image_size(settings.image_size, arch, f"the teacher {checkpoint.path}")
-    return placed(fuse(checkpoint.model), device).requires_grad_(False)
+    return fuse(checkpoint.model).requires_grad_(False)
 
 
 def _losses(

@@ -35,6 +35,7 @@ class OptimizerSettings(Checked):
     weight_decay: NotNegative = 5e-4
     """Weight decay for 64 images a step of the optimizer; scaled with their number."""
     warmup_epochs: NotNegative = 3.0
+    """At least 1000 steps, and at most a tenth of the training; 0: none."""
     warmup_momentum: ShareBelow1 = 0.8
     warmup_bias_rate: NotNegative = 0.1
     """Learning rate of the biases before the first step, from where it falls."""

@@ -19,14 +19,22 @@ from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.common.files import read_json, sole_writer, write_json
 from trt_yolov6.common.text import counted
 from trt_yolov6.errors import UserError
+from trt_yolov6.models.variants import architecture
 from trt_yolov6.runtime.evaluate import evaluate
 from trt_yolov6.spec import PredictOptions
-from trt_yolov6.training.detection_task import DetectionTask, arithmetic, detection_task
+from trt_yolov6.training.data_validation import read_split
+from trt_yolov6.training.detection_task import (
+    DetectionTask,
+    arithmetic,
+    detection_task,
+    teacher_of,
+)
 from trt_yolov6.training.distributed import Processes, joined
 from trt_yolov6.training.log import scalars, write_log
 from trt_yolov6.training.loop import train_epochs
 from trt_yolov6.training.recipe import (
     TrainSettings,
+    adapted,
     differences,
     search_settings,
     settings_from_json,
@@ -163,6 +171,9 @@ def _search(
         training = load_checkpoint(last).training
         if training is not None and training.epoch == wanted.epochs:
             return str(last), ()
+    if settings.teacher is not None:  # refused before the search, not after it
+        names = read_split(settings.data, settings.train_split).class_names
+        teacher_of(settings, adapted(architecture(settings.variant), settings.architecture), names)
     state = _open_folder(place, wanted, call.processes, resume=again)
     # What cannot be trained leaves no run, so the whole one's settings follow the search's.
     result = _trained(wanted, place, state, call, settings_of={folder: settings})
