@@ -58,6 +58,31 @@ def test_a_name_says_checkpoint_precision_and_what_is_not_usual(
     assert engine_path(built, "onnxruntime", "x.onnx", target) == Path("x.onnx")
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "stem"),
+    [
+        ("cells-int8-32.onnx", None, "cells-int8-32"),
+        ("cells-int8.onnx", "t4", "cells-int8-32-t4"),
+        ("cells-fp32.onnx", None, "cells-fp32-int8-32"),
+        ("uint8.onnx", None, "uint8-int8-32"),
+        ("cells-int8-32.pt", None, "cells-int8-32-int8-32"),
+    ],
+)
+def test_a_name_does_not_say_again_what_the_exported_file_says(
+    graph: Graph, source: str, target: str | None, stem: str
+) -> None:
+    built = dataclasses.replace(graph, source=Path(source), precision="int8")
+    assert engine_stem(built, target) == stem
+
+
+def test_an_engine_does_not_take_the_place_of_the_engine_that_it_is_built_from(
+    graph: Graph,
+) -> None:
+    first = build_engine(graph, backend="onnxruntime").path
+    second = build_engine(graph_from_onnx(first), backend="onnxruntime").path
+    assert (first.name, second.name) == ("net-fp32-32.onnx", "net-fp32-32-fp32.onnx")
+
+
 def test_a_short_name_stands_for_the_newest_build_and_that_is_said(
     graph: Graph, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

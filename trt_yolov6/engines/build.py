@@ -57,12 +57,14 @@ def engine_stem(graph: Graph, target: str | None = None) -> str:
     """Return an engine's descriptive name: `yolov6s-int8`, `yolov6s-fp16-320-b1`.
 
     That is its checkpoint or ONNX file and precision, and where they are not the default, size,
-    batch, uint8 input, NMS in the graph, and the target.
+    batch, uint8 input, NMS in the graph, and the target; not again what an ONNX file's name ends
+    with already.
     """
     height, width = graph.image_size
     batch = graph.batch
     default = BatchProfile()
-    parts = [graph.source.stem, graph.precision]
+    stem = graph.source.stem
+    parts: list[str] = [graph.precision]
     if (height, width) != (640, 640):
         parts.append(str(height) if height == width else f"{height}x{width}")
     if batch.is_static:
@@ -78,16 +80,22 @@ def engine_stem(graph: Graph, target: str | None = None) -> str:
         parts.append("end2end")
     if target is not None:
         parts.append(target)
-    return "-".join(parts)
+    known = 0
+    if not is_named_as_checkpoint(graph.source):
+        ends = (n for n in range(len(parts), 0, -1) if stem.endswith("-" + "-".join(parts[:n])))
+        known = next(ends, 0)
+    return "-".join([stem, *parts[known:]])
 
 
 def engine_path(graph: Graph, backend: str, output: str | Path | None, target: str | None) -> Path:
     """Return where `build_engine` writes: `output`, or into `engines/` under `engine_stem`."""
-    return (
-        Path(output)
-        if output
-        else ENGINES / f"{engine_stem(graph, target)}{BACKENDS[backend].suffix}"
-    )
+    if output:
+        return Path(output)
+    stem, suffix = engine_stem(graph, target), BACKENDS[backend].suffix
+    path = ENGINES / f"{stem}{suffix}"
+    if path.exists() and graph.source.exists() and path.samefile(graph.source):
+        return path.with_name(f"{stem}-{graph.precision}{suffix}")
+    return path
 
 
 def check_build(backend: str, output: str | Path | None, settings: BuildSettings) -> str:
