@@ -37,7 +37,8 @@ def test_every_cell_runs_and_prints_the_accuracy_that_the_notebook_shows(
     namespace: dict[str, Any] = {}
     shown: list[str] = []
     for cell in _code_cells():
-        source = "".join(cell["source"])
+        # As the documents' code, which is timed for less than a reader would time it.
+        source = "".join(cell["source"]).replace("duration=1,", "duration=0.05,")
         exec(compile(ast.parse(source), str(NOTEBOOK), "exec"), namespace)
         shown += [line for line in _printed(cell) if line.startswith("fp32: AP")]
     printed = capsys.readouterr().out.splitlines()
