@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.networks import KINDS, ONE, TINY, random_model
+from support.networks import FOUR_LEVELS, KINDS, ONE, TINY, random_model
 
 from trt_yolov6.data.letterbox import fit
 from trt_yolov6.detectors.detections import Detections, postprocess
@@ -106,18 +106,7 @@ PLAIN_OPERATORS = {
 }  # fmt: skip
 DFL_OPERATORS = {"Clip", "Exp", "MatMul", "Split", "Div"}
 LATER_KINDS = {
-    "four levels": (
-        dataclasses.replace(
-            TINY,
-            neck="bifusion",
-            pooling="cspsppf",
-            stage_channels=(8, 8, 16, 16, 24, 24),
-            neck_channels=(24, 16, 8, 8, 16, 16, 16, 8, 24),
-            stage_repeats=(1, 1, 1, 1, 1),
-            neck_repeats=(1,) * 6,
-        ),
-        set[str](),
-    ),
+    "four levels": (FOUR_LEVELS, {"LeakyRelu"}),
     "mbla": (
         dataclasses.replace(
             TINY,

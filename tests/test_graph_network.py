@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.networks import ARCHITECTURES, SMALL, moved, random_network, tiny_graph
+from support.networks import ARCHITECTURES, FOUR_LEVELS, SMALL, moved, random_network, tiny_graph
 from support.pictures import noise_folder
 from support.quantized import prepared_sample
 from support.training_data import tiny_architecture
@@ -57,18 +57,7 @@ def test_unquantized_it_is_the_network_that_was_exported(name: str) -> None:
 
 
 def test_four_levels_with_bifusion_are_the_network_that_was_exported() -> None:
-    model = random_network(
-        dataclasses.replace(
-            tiny_architecture(),
-            neck="bifusion",
-            activation="leaky_relu",
-            pooling="cspsppf",
-            stage_channels=(8, 8, 8, 16, 16, 16),
-            neck_channels=(16, 8, 8, 8, 16, 16, 16, 8, 16),
-            stage_repeats=(1,) * 5,
-            neck_repeats=(1,) * 6,
-        )
-    )
+    model = random_network(FOUR_LEVELS)
     graph = export_onnx(model, SMALL, verify=False)
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():

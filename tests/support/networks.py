@@ -63,13 +63,20 @@ def random_model(arch: Architecture = TINY) -> YOLOv6:
     return model
 
 
-CSP = dataclasses.replace(
-    tiny_architecture(), csp_ratio=0.5, stage_repeats=(1, 2, 1, 1), neck_repeats=(1, 1, 1, 1)
+FOUR_LEVELS = dataclasses.replace(
+    TINY,
+    neck="bifusion",
+    activation="leaky_relu",
+    pooling="cspsppf",
+    stage_channels=(8, 8, 16, 16, 24, 24),
+    neck_channels=(24, 16, 8, 8, 16, 16, 16, 8, 24),
+    stage_repeats=(1,) * 5,
+    neck_repeats=(1,) * 6,
 )
 ARCHITECTURES = {
     "repvgg": tiny_architecture(),
-    "csp and dfl": dataclasses.replace(CSP, reg_max=4),
-    "offset head": dataclasses.replace(tiny_architecture(), head="offset"),
+    "csp and dfl": KINDS["csp, dfl"],
+    "offset head": KINDS["v0.1"],
 }
 SMALL = ExportSettings((64, 64))
 
