@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import authors_format
+from support.networks import FOUR_LEVELS
 from support.small_graphs import GraphWriter, detector, random_images
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
@@ -21,7 +21,7 @@ from trt_yolov6.errors import UserError
 from trt_yolov6.graph.export import ExportSettings, export_onnx
 from trt_yolov6.graph.operators import layer_names
 from trt_yolov6.graph.reference import reference_session, runner
-from trt_yolov6.models import YOLOv6, architecture
+from trt_yolov6.models import YOLOv6
 from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import (
@@ -520,14 +520,9 @@ def test_yolov6lite_of_a_checkpoint_is_placed_as_that_of_a_graph(tmp_path: Path)
 
 
 def test_bifusion_and_cspsppf_run_in_int8_as_a_whole() -> None:
-    arch = dataclasses.replace(
-        architecture("yolov6n_v3", num_classes=2),
-        stage_channels=(8, 8, 16, 16, 24),
-        neck_channels=(16, 8, 8, 16, 16, 24),
-        stage_repeats=(1, 1, 1, 1),
-        neck_repeats=(1, 1, 1, 1),
+    model = export_onnx(
+        YOLOv6(FOUR_LEVELS), ExportSettings((64, 64), BatchProfile(1, 1, 1)), verify=False
     )
-    model = export_onnx(YOLOv6(arch), ExportSettings((64, 64), BatchProfile(1, 1, 1)), verify=False)
     placement = place(model)
     assert not placement.float_layers
     names = {node.output[0]: node.name for node in model.graph.node}
