@@ -28,7 +28,8 @@ from trt_yolov6 import Detector, Precision, UserError, read_image
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.cli import main as cli_main
 from trt_yolov6.models import YOLOv6
-from trt_yolov6.quantization.types import FP8
+from trt_yolov6.pipeline import quantization_settings
+from trt_yolov6.quantization.types import FP8, INT8
 from trt_yolov6.spec import BatchProfile, NmsSettings, PredictOptions
 
 EXAMPLES = [
@@ -432,6 +433,25 @@ def test_settings_that_precision_contradicts_are_refused(
             calibration=folder / "calib",
             quantization=settings,
         )
+
+
+@pytest.mark.parametrize(
+    ("precision", "given"),
+    [
+        ("int8", {"float_layers": 0}),
+        ("int8:6", {"float_layers": np.int64(6)}),
+        (Precision("int8", float_layers=("stem",)), {"float_layers": ("stem",)}),
+        ("fp8+fp16", {"quantized": FP8, "fp16": True}),
+        ("fp8", {"quantized": INT8}),
+    ],
+)
+def test_settings_may_say_what_precision_says(
+    precision: str | Precision, given: dict[str, Any]
+) -> None:
+    wanted = Precision.parse(precision)
+    result = quantization_settings(wanted, trt_yolov6.QuantizationSettings(**given))
+    assert (result.quantized.name, result.fp16) == (wanted.base, wanted.rest == "fp16")
+    assert result.float_layers == (wanted.float_layers or ())
 
 
 def test_only_the_calibration_images_that_are_taken_are_read(folder: Path, tmp_path: Path) -> None:

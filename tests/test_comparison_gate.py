@@ -113,6 +113,11 @@ def test_a_baseline_of_other_data_device_or_thresholds_is_refused() -> None:
     with pytest.raises(UserError, match="`other_device`"):
         check(RESULTS, other)
     assert check(RESULTS, other, Limits(other_device=True)).ok
+    # Engines on a second device are missing here, which is not a reason to refuse the others.
+    other["engines"].append({"engine": "n fp16", "AP": 0.52, "device": "cpu"})
+    assert check(RESULTS, other).failures == (
+        "n fp16: the baseline has it, this comparison does not",
+    )
 
 
 @pytest.mark.parametrize("limits", [{"max_slowdown": -1}, {"max_ap_drop": 101}])

@@ -347,7 +347,9 @@ def quantization_settings(
         float_layers=precision.float_layers or (),
     )
     for field in ("quantized", "fp16", "float_layers"):
-        if getattr(given, field) not in (getattr(type(given), field), getattr(result, field)):
+        default = getattr(type(given), field)
+        # `float_layers` may be 0 for ().
+        if (getattr(given, field) or default) not in (default, getattr(result, field)):
             raise UserError(
                 f"`{name}` contradicts `precision` {precision} on `{field}`; give it in "
                 "`precision`, such as int8+fp16:6."

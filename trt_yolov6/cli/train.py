@@ -315,8 +315,8 @@ def _check_use(settings: TrainSettings, options: argparse.Namespace) -> None:
     begins = losses.warmup_epochs if losses.assigner != losses.warmup_assigner else 0
     if options.assigner is not None and begins >= settings.epochs:
         raise UserError(
-            f"--assigner {losses.assigner} would begin after {begins} epochs, and there are "
-            f"{settings.epochs}; give more --epochs, or --set losses.warmup_epochs=0."
+            f"--assigner {losses.assigner} would begin after {counted(begins, 'epoch')}, and "
+            f"there are {settings.epochs}; give more --epochs, or --set losses.warmup_epochs=0."
         )
     needs = {
         "losses.poly_epsilon": (losses.classification == "poly", "--cls-loss poly"),

@@ -79,7 +79,7 @@ def _made_in(folder: Path, make: Callable[[], _Made], tries: int = 20) -> _Made:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return make()
-    except (FileNotFoundError, FileExistsError):  # the last if it goes while it is looked at
+    except (FileNotFoundError, FileExistsError):  # the last: it went after `mkdir` met it
         if not tries:
             raise
         return _made_in(folder, make, tries - 1)

@@ -25,10 +25,10 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def fitted(rows: Sequence[Sequence[str]], left: int, width: int | None) -> list[str]:
-    """Align columns, of which the first holds names, in lines of at most `width` if that can be.
+    """Align columns, of which the first holds names, in lines of at most `width` if possible.
 
-    Where they are longer, what all names begin with is a line of its own; where that does not do,
-    so is each name. None allows any length.
+    Where they are longer, what all names begin with is a line of its own; where that is not
+    enough, each name is. None allows any length.
     """
 
     def fit(lines: list[str]) -> bool:

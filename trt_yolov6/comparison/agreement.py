@@ -90,16 +90,13 @@ def _float_engine(index: int, pairs: Sequence[_Measured], known: Sequence[str]) 
     It is of the same origin, else of the same name.
     """
     labels = [one.case.entry.label for one, _ in pairs]
+    size = pairs[index][1]["image_size"]
     for names in (known, labels):
         for precision in FLOAT:
+            wanted = names[index], precision, size
             for pair, name in zip(pairs, names, strict=True):
                 found = pair[1]
-                if (
-                    found["precision"] == precision
-                    and found["found"]
-                    and name == names[index]
-                    and found["image_size"] == pairs[index][1]["image_size"]
-                ):
+                if (name, found["precision"], found["image_size"]) == wanted and found["found"]:
                     return pair
     return None
 

@@ -56,7 +56,7 @@ def compare(
         UserError: a file is missing or of no kind that can be compared, two engines have one name,
             a precision cannot be built here, the output cannot be written, or the baseline is of
             other data or thresholds, which is found out before anything is built, or of another
-            device, which the first engine's tells.
+            device, which is found out as soon as a backend's first engine is built.
     """
     output = Path(output)
     check_writable(output / FILE)

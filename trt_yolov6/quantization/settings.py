@@ -61,11 +61,11 @@ class QuantizationSettings(Checked):
 
 def check_settings(settings: QuantizationSettings) -> None:
     """Raise UserError for choices that contradict each other or that nothing would read."""
-    if settings.max_ap_drop is None and settings.max_slowdown is None:
-        raise UserError("`float_layers` auto needs a budget; give `max_ap_drop` or `max_slowdown`.")
     budget = settings.max_ap_drop, settings.max_slowdown
     if settings.float_layers != "auto" and budget != (type(settings).max_ap_drop, None):
         raise UserError("`max_ap_drop` and `max_slowdown` are for `float_layers` auto; give that.")
+    if budget == (None, None):
+        raise UserError("`float_layers` auto needs a budget; give `max_ap_drop` or `max_slowdown`.")
     quantized = settings.quantized
     methods = methods_for(quantized)
     if settings.calibrator != "auto" and settings.calibrator not in methods:
