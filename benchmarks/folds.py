@@ -266,7 +266,7 @@ def without_missing_boxes(truth: Truth, rows: NDArray[Any]) -> NDArray[Any]:
     Of those only the score counts, so AP is the same for every draw of images.
     """
     rows = rows[np.lexsort((-rows["score"].astype(np.int64), rows["image"]))]
-    index_of = {image: place for place, image in enumerate(truth.images)}
+    index_of = {image: index for index, image in enumerate(truth.images)}
     for image in np.unique(rows["image"]):
         objects = truth.objects[index_of[int(image)]]
         for label in np.unique(rows["label"][rows["image"] == image]):

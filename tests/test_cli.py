@@ -14,7 +14,7 @@ from PIL import Image
 from support.tiny_detector import load_tiny, write_cells
 from support.training_data import write_shapes, write_tiny
 
-from trt_yolov6.cli import main
+from trt_yolov6.cli import main, parser
 from trt_yolov6.engines import runs_here
 from trt_yolov6.engines.build import BuiltEngine
 
@@ -104,6 +104,24 @@ def test_bench_lists_the_layers_that_take_longest(
     shares = [float(line.split("%")[0]) for line in lines[start + 1 :]]
     assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares))
     assert shares[:-1] == sorted(shares[:-1], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "dest"),
+    [
+        ("bench", "--engine", "engine"),
+        ("bench", "--preprocess", "preprocess"),
+        ("infer --source x", "--format", "formats"),
+        ("report x", "--output", "output"),
+        ("export-triton --output x", "--engine", "engine"),
+        ("export-triton --output x --engine x", "--name", "names"),
+    ],
+)
+def test_an_option_of_several_values_may_be_given_again(
+    command: str, option: str, dest: str
+) -> None:
+    given = parser().parse_args([*command.split(), option, "csv", "json", option, "yolo"])
+    assert [str(value) for value in getattr(given, dest)] == ["csv", "json", "yolo"]
 
 
 def test_an_engine_for_another_machine_is_passed_over(

@@ -14,7 +14,11 @@ def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     parser = common.add_command(commands, "bench", run, "measure latency and throughput")
     parser.add_argument(
-        "--engine", type=Path, nargs="+", help="one or several engines (the newest in engines/)"
+        "--engine",
+        type=Path,
+        nargs="+",
+        action="extend",
+        help="one or several engines (the newest in engines/)",
     )
     parser.add_argument("--batch", type=common.positive, default=1, help="images per run (1)")
     parser.add_argument(

@@ -17,7 +17,12 @@ def add(commands: common.Commands) -> None:
     text = "write engines into a model repository of Triton Inference Server"
     parser = common.add_command(commands, "export-triton", run, text)
     parser.add_argument(
-        "--engine", type=Path, nargs="+", required=True, help="plans or ONNX files, one entry each"
+        "--engine",
+        type=Path,
+        nargs="+",
+        action="extend",
+        required=True,
+        help="plans or ONNX files, one entry each",
     )
     parser.add_argument(
         "--output",
@@ -30,6 +35,7 @@ def add(commands: common.Commands) -> None:
         "--name",
         dest="names",
         nargs="+",
+        action="extend",
         help="names of the entries, one per engine (network and precision, such as yolov6n_int8)",
     )
     parser.add_argument(

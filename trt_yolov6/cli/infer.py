@@ -34,6 +34,7 @@ def add(commands: common.Commands) -> None:
         "--format",
         dest="formats",
         nargs="+",
+        action="extend",
         choices=(*_FILES, *_PARTS),
         help="format of the detections (json); with --ray jsonl or parquet (jsonl)",
     )

@@ -258,6 +258,7 @@ def add_decoder(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preprocess",
         nargs="+",
+        action="extend",
         metavar="FIELD=VALUE",
         help="changes to the family's preprocessing: fit=letterbox|corner|stretch, "
         "interpolation=area|linear|cubic, colour=rgb|bgr, mean=R,G,B and std=R,G,B in 0..255",

@@ -26,7 +26,7 @@ def add(commands: common.Commands) -> None:
         "--output",
         type=Path,
         nargs="+",
-        default=[DEFAULT_OUTPUT],
+        action="extend",
         metavar="FILE",
         help=f"one or several files, ending in .html, .md or .csv ({DEFAULT_OUTPUT})",
     )
@@ -40,9 +40,10 @@ def run(options: argparse.Namespace) -> None:
     from trt_yolov6.reports.write import check_form, write_report
 
     material = read_material(options.results)
-    for path in options.output:
+    outputs = options.output or [DEFAULT_OUTPUT]
+    for path in outputs:
         check_form(path)
-    for path in options.output:
+    for path in outputs:
         write_report(material, path, options.title)
         print(f"{path}: written, {path.stat().st_size / 1024:.0f} KiB")
     first = material.comparisons[0]

@@ -305,10 +305,10 @@ def _not_taken(case: Case, batches: Sequence[int], takes: str) -> tuple[str, ...
 
 
 def origins(built: Sequence[BuiltCase]) -> list[str]:
-    """Return the SHA-256 of the checkpoint that each engine is of, by its manifest.
+    """Return the SHA-256 of each engine's checkpoint, by its manifest.
 
-    Of a network without one it is that of the file that the engine was built from, or, where that
-    is an engine of the comparison, that one was; without a manifest it is the engine's own.
+    Without one it is that of the file that the engine was built from; where that is an engine of
+    the comparison, that one's. Without a manifest it is the engine's own.
     """
     own = [one.sha256[one.largest] for one in built]
     manifests = [read_manifest(one.files[one.largest]) for one in built]

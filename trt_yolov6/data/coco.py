@@ -174,7 +174,7 @@ def load_coco(root: str | Path, split: str | None = None) -> CocoDataset:
     if problems:
         notes += (
             f"{file} has {counted(len(problems), 'object')} outside the image, without area or "
-            f"annotated twice, which count as well; the first: {problems[0].sentence}",
+            f"annotated twice, counted as well; the first: {problems[0].sentence}",
         )
     return dataclasses.replace(found.dataset, notes=notes)
 

@@ -253,10 +253,10 @@ def data_notes(
         )
     paths = [image.path for image in validation.images] if validation else []
     if same := same_files(paths, data.files):
-        (one, other), of = same[0], counted(len(paths), "validation image")
+        names, of = dict.fromkeys(map(str, same[0])), counted(len(paths), "validation image")
         notes.append(
-            f"warning: training has {len(same)} of {of}, too, which makes AP too high: {one} is "
-            f"{other}, for example."
+            f"warning: training has {len(same)} of {of}, too, which makes AP too high: "
+            f"{' is '.join(names)}, for example."
         )
     return tuple(notes)
 
