@@ -9,14 +9,30 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # TensorRT-RTX builds T4 engines without a GPU, so its tests run wherever its library installs.
 # Ray is half a gigabyte, but there is no other way to see two nodes and the death of one.
 extras=dev,docs,ray
-if [ "$(uname -sm)" = "Linux x86_64" ]; then extras=dev,docs,ray,tensorrt-rtx,gpu-images; fi
 bash scripts/venv.sh
-# Meanwhile, as pip is busy with one core: a server for the tests of export-triton, which skip without it.
+unpacking=
+if [ "$(uname -sm)" = "Linux x86_64" ]; then
+    extras=dev,docs,ray,tensorrt-rtx,gpu-images
+    # pip unpacks on one core. So two of them take half of the pins each, and nothing else; what is
+    # missing then, environment.sh brings.
+    if ! compgen -G ".venv/.ready-*" >/dev/null; then
+        (
+            for half in 0 1; do
+                .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+                    --no-deps -r <(grep -v "^pip==" constraints.txt | awk "NR % 2 == $half") &
+            done
+            wait
+        ) &
+        unpacking=$!
+    fi
+fi
+# Meanwhile: a server for the tests of export-triton, which skip without it.
 {
     bash scripts/tritonserver.sh || echo "no tritonserver: its tests skip" >&2
     bash scripts/lint_workflows.sh
 } &
 fetching=$!
+[ -z "$unpacking" ] || wait "$unpacking" || true
 bash scripts/environment.sh "$extras"
 # Images of containers often keep Python from writing bytecode. Here some 150 processes would each compile
 # PyTorch again: 6 s each, where importing it takes 2.
