@@ -57,10 +57,10 @@ checking=$!
 wait "$fetching"
 wait "$compiling" || true
 # Each worker on one thread: two threads of one network, or two workers of two threads, would wait for
-# each other. Two workers more than there are cores, as some tests only wait for other processes, but
-# four at most. A file's tests share what they make, so a file stays in one worker.
+# each other. A worker more than there are cores, as some tests only wait for other processes, but four
+# at most. A file's tests share what they make, so a file stays in one worker.
 export OMP_NUM_THREADS=1
-workers=$(($(getconf _NPROCESSORS_ONLN) + 2))
+workers=$(($(getconf _NPROCESSORS_ONLN) + 1))
 status=0
 .venv/bin/python -m pytest -n $((workers < 4 ? workers : 4)) --dist loadfile --no-loadscope-reorder \
     --durations 40 "$@" || status=$?
