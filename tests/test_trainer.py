@@ -36,6 +36,7 @@ from trt_yolov6.models import Architecture, YOLOv6, architecture
 from trt_yolov6.training import optimizer
 from trt_yolov6.training.initialization import starting_model
 from trt_yolov6.training.log import scalars
+from trt_yolov6.training.losses import DistillationSettings
 from trt_yolov6.training.recipe import (
     ArchitectureOptions,
     TrainSettings,
@@ -277,6 +278,10 @@ def test_self_distillation_from_a_checkpoint(data: Path, tiny: Path, tmp_path: P
     settings = tiny_settings(data, tiny, epochs=2, teacher=str(teacher))
     result = train(settings, tmp_path / "student", progress=False)
     assert all(line["loss_distill_class"] > 0 for line in result.log)
+    # It decays over all epochs, unless it is said over how many.
+    over_two = dataclasses.replace(settings, distillation=DistillationSettings(epochs=2))
+    same = train(over_two, tmp_path / "same", progress=False)
+    assert [line["loss"] for line in same.log] == [line["loss"] for line in result.log]
     other = write_tiny(tmp_path / "five.pt", num_classes=5)
     with pytest.raises(UserError, match="knows other classes"):
         train(tiny_settings(data, tiny, teacher=str(other)), tmp_path / "no", progress=False)

@@ -238,7 +238,7 @@ def _train(detector: DetectionTask, folder: Path, done: Progress, call: _Call) -
     """Do the steps that are left; evaluate and write checkpoints where it is time."""
     settings, task = detector.settings, detector.task
     evaluated = set(
-        evaluation_epochs(settings.epochs, settings.eval_interval, settings.plain_epochs)
+        evaluation_epochs(settings.epochs, settings.eval_interval, settings.last_plain_epochs)
     )
     first_epoch = done.step // task.plan.steps_per_epoch
     is_first = call.processes.is_first
