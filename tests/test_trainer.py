@@ -427,6 +427,7 @@ def test_mistakes_cost_one_line(
         ("--set architecture.dfl=true", "give dfl as --dfl"),
         ("--lr 0.1 --set optimizer.learning_rate=0.2", "give learning_rate as --lr"),
         # Their names are those of options for something else.
+        ("--set optimizer.epochs=3", "optimizer.epochs=3: there is no epochs (did you mean"),
         ("--set augmentation.border=320", "border of 320"),
         ("--set distillation.epochs=5", "distillation is none"),
         ("--mosaic 0 --mixup 0.5", "give --mosaic above 0"),

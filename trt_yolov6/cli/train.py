@@ -291,9 +291,9 @@ def _changed(settings: TrainSettings, options: argparse.Namespace) -> TrainSetti
         field = assignment.partition("=")[0].strip()
         name = field.rpartition(".")[2]
         option = common.option_names(options.parser).get("model" if name == "variant" else name)
+        settings = with_field(settings, assignment)  # says so if there is no such field
         if option is not None and field not in _APART:
             raise UserError(f"--set {assignment}: give {name} as {option}.")
-        settings = with_field(settings, assignment)
     _check_use(settings, options)
     return settings
 
