@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import resource
 import time
 from pathlib import Path
@@ -493,6 +494,30 @@ def test_other_data_than_a_training_began_with_is_refused(tiny: Path, tmp_path: 
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"was started with 8 images, and .* has 7 now"):
         train(settings, tmp_path / "run", resume=True, progress=False)
+
+
+def test_what_has_changed_since_a_training_began_is_named(tiny: Path, tmp_path: Path) -> None:
+    data, run = write_shapes(tmp_path / "data"), tmp_path / "run"
+    teacher = write_tiny(tmp_path / "teacher.pt")
+    settings = tiny_settings(data, tiny, epochs=1, val_split="val", teacher=teacher)
+    train(settings, run, progress=False)
+    labels = data / "annotations"
+    for file, named in (
+        (labels / "instances_train.json", f"{data}, split train, has changed since the run"),
+        (labels / "instances_val.json", f"{data}, split val, has changed"),
+        (teacher, f"{teacher} has changed"),
+    ):
+        before = file.read_bytes()
+        if file == teacher:
+            file.write_bytes((run / "last.pt").read_bytes())
+        else:
+            content = json.loads(before)
+            content["annotations"][0]["bbox"][2] -= 1
+            file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=re.escape(named)):
+            train(settings, run, resume=True, progress=False)
+        file.write_bytes(before)
+    train(settings, run, resume=True, progress=False)
 
 
 def test_bad_data_is_refused_or_left_out_as_chosen(
