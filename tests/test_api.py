@@ -7,6 +7,7 @@ import doctest
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,14 @@ from support.tiny_detector import CELL, load_named
 from support.training_data import tiny_architecture, without_objects, write_shapes
 
 import trt_yolov6
-from trt_yolov6 import Detector, Precision, UserError, read_image
+from trt_yolov6 import (
+    Detector,
+    LoadOptions,
+    Precision,
+    QuantizationSettings,
+    UserError,
+    read_image,
+)
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.cli import main as cli_main
 from trt_yolov6.models import YOLOv6
@@ -214,10 +222,31 @@ def test_what_is_not_an_image_and_options_without_an_effect_are_refused(detector
         detector.predict(None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="`gpus` is for `annotate` and `evaluate`"):
         detector.predict(image(0, 0, 0), PredictOptions(gpus=2))
-    with pytest.raises(
-        UserError, match=r"`batch` 1\.5 is out of range; give a whole number from 1"
-    ):
-        PredictOptions(batch=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "sentence"),
+    [
+        (PredictOptions, {"batch": 1.5}, "`batch` 1.5 is out of range; give a whole number from 1"),
+        (
+            PredictOptions,
+            {"max_detections": 7.5},
+            "`max_detections` 7.5 is out of range; give a wh",
+        ),
+        (PredictOptions, {"iou": math.nan}, "IoU threshold nan is out of range"),
+        (LoadOptions, {"threads": 7.5}, "`threads` must be a whole number, got 7.5."),
+        (LoadOptions, {"gpu": -1}, "`gpu` must be at least 0, got -1."),
+        (LoadOptions, {"preprocess": ["fit=stretch"]}, "`preprocess` must be a dictionary"),
+        (BatchProfile, {"min": True}, "`min` must be a whole number, got True."),
+        (BatchProfile, {"opt": "8"}, "`opt` must be a whole number, got 8."),
+        (QuantizationSettings, {"shift": {}}, "`shift` must be true or false, got {}."),
+    ],
+)
+def test_numbers_that_options_do_not_take_are_refused_in_a_sentence(
+    options: Any, given: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        options(**given)
 
 
 def test_images_of_a_data_set_with_items_alone_are_several(detector: Detector) -> None:

@@ -30,6 +30,7 @@ _TYPES = {
     "bool": "true or false",
     "float": "a number",
     "int": "a whole number",
+    "object": "a dictionary",
     "str": "a text",
 }
 
@@ -46,10 +47,10 @@ class Checked:
         for name, kind in _annotations(cls).items():
             value = plain(getattr(self, name))
             object.__setattr__(self, name, value)
-            if isinstance(value, dict):  # msgspec would take it for the class's fields
-                raise UserError(
-                    f"`{name}` is a dictionary; give a {getattr(kind, '__name__', kind)}."
-                )
+            for part in (kind, *typing.get_args(kind)):
+                # Or msgspec would take it for the class's fields.
+                if isinstance(value, dict) and hasattr(part, "__dataclass_fields__"):
+                    raise UserError(f"`{name}` is a dictionary; give a {part.__name__}.")
             if not dataclasses.is_dataclass(value):  # such a one checks itself
                 fitting(value, kind, f"`{name}`")
 
