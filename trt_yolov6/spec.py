@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -206,8 +205,10 @@ class BatchProfile(Checked):
         """
         if isinstance(batch, BatchProfile):
             return batch
-        sizes = batch if isinstance(batch, Sequence) else (batch,) * 3
-        return cls(*map(operator.index, sizes))
+        sizes = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,) * 3
+        if len(sizes) != 3:
+            raise UserError(f"the batch profile {sizes} is not (min, opt, max); give these three.")
+        return cls(*sizes)
 
     @property
     def is_static(self) -> bool:

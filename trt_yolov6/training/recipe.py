@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from trt_yolov6.checkpoints.loading import Checkpoint
-from trt_yolov6.common.ranges import Checked, Count, Share, ShareBelow1, fitting
+from trt_yolov6.common.files import path_of
+from trt_yolov6.common.ranges import Checked, Count, Share, ShareBelow1, fitting, of_class
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.models.variants import (
@@ -154,7 +154,7 @@ def recipe_for(
     Raises:
         UserError: there is no such variant, or a value is out of range.
     """
-    options = options or ArchitectureOptions()
+    options = of_class(options, ArchitectureOptions, "options")
     source = weights or scales
     arch = source.arch if source else adapted(architecture(variant), options)
     losses = default_losses(arch)
@@ -172,7 +172,7 @@ def recipe_for(
     if scales:
         values["rep_optimizer"] = RepOptimizerSettings(scales=str(scales.path))
     if values.get("teacher") is not None:
-        values["teacher"] = os.fspath(values["teacher"])
+        values["teacher"] = str(path_of(values["teacher"], "teacher"))
         if values.get("distillation") is None:
             values["distillation"] = DistillationSettings()
     return TrainSettings(
