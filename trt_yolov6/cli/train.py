@@ -132,7 +132,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="gray pixels on every side, in training and evaluation (0)",
     )
-    recipe.add_argument("--eval-interval", type=int, help="epochs between evaluations (10)")
+    recipe.add_argument(
+        "--eval-interval", type=int, help="epochs between evaluations; 0: only the last (10)"
+    )
     recipe.add_argument(
         "--set",
         dest="assignment",
