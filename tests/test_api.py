@@ -7,6 +7,7 @@ import doctest
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,14 @@ from support.tiny_detector import CELL, load_named
 from support.training_data import tiny_architecture, without_objects, write_shapes
 
 import trt_yolov6
-from trt_yolov6 import Detector, Precision, UserError, read_image
+from trt_yolov6 import (
+    Detector,
+    LoadOptions,
+    Precision,
+    QuantizationSettings,
+    UserError,
+    read_image,
+)
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
 from trt_yolov6.cli import main as cli_main
 from trt_yolov6.models import YOLOv6
@@ -214,10 +222,31 @@ def test_what_is_not_an_image_and_options_without_an_effect_are_refused(detector
         detector.predict(None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="`gpus` is for `annotate` and `evaluate`"):
         detector.predict(image(0, 0, 0), PredictOptions(gpus=2))
-    with pytest.raises(
-        UserError, match=r"`batch` 1\.5 is out of range; give a whole number from 1"
-    ):
-        PredictOptions(batch=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "sentence"),
+    [
+        (PredictOptions, {"batch": 1.5}, "`batch` 1.5 is out of range; give a whole number from 1"),
+        (
+            PredictOptions,
+            {"max_detections": 7.5},
+            "`max_detections` 7.5 is out of range; give a wh",
+        ),
+        (PredictOptions, {"iou": math.nan}, "IoU threshold nan is out of range"),
+        (LoadOptions, {"threads": 7.5}, "`threads` must be a whole number, got 7.5."),
+        (LoadOptions, {"gpu": -1}, "`gpu` must be at least 0, got -1."),
+        (LoadOptions, {"preprocess": ["fit=stretch"]}, "`preprocess` must be a dictionary"),
+        (BatchProfile, {"min": True}, "`min` must be a whole number, got True."),
+        (BatchProfile, {"opt": "8"}, "`opt` must be a whole number, got 8."),
+        (QuantizationSettings, {"shift": {}}, "`shift` must be true or false, got {}."),
+    ],
+)
+def test_numbers_that_options_do_not_take_are_refused_in_a_sentence(
+    options: Any, given: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        options(**given)
 
 
 def test_images_of_a_data_set_with_items_alone_are_several(detector: Detector) -> None:
@@ -251,7 +280,7 @@ def test_formats_and_frames_are_refused_before_the_work(detector: Detector, tmp_
     with pytest.raises(UserError, match="'xml' is not known; give `formats` of json, csv, yolo"):
         detector.annotate(tmp_path / "a.png", tmp_path / "drawn", formats=unknown)
     assert not (tmp_path / "drawn").exists()
-    with pytest.raises(UserError, match="`frames` 0 is out of range; give 1 or more"):
+    with pytest.raises(UserError, match="`frames` must be at least 1, got 0"):
         detector.annotate(tmp_path / "a.png", tmp_path / "drawn", frames=0)
     done = detector.annotate(tmp_path / "a.png", tmp_path / "drawn", formats="csv")
     assert done.files == (tmp_path / "drawn" / "detections.csv",)
@@ -300,6 +329,9 @@ def test_python_callers_are_told_of_parameters(
             "`calibration` is ['a.jpg']; give the path of a folder of images.",
         ),
         ({"source": None}, "`source` is None; give the path of a checkpoint or ONNX file."),
+        ({"source": 3}, "`source` is 3; give the path of a checkpoint or ONNX file."),
+        ({"output": 3}, "`output` is 3; give a path."),
+        ({"preprocess": "fit=stretch"}, "`preprocess` must be a dictionary, got fit=stretch."),
     ],
 )
 def test_arguments_of_other_types_are_refused_in_a_sentence(
@@ -373,24 +405,26 @@ def test_options_given_as_a_dictionary_are_named_with_their_class(
     with Detector(load_named(tmp_path)) as detector:
         path = detector.engine.path
         calls = {
-            "`options` is a dict; give a PredictOptions, such as PredictOptions(confidence=...).": (
+            "give PredictOptions, such as PredictOptions(confidence=...).": (
                 lambda: detector.predict("images", options),
                 lambda: detector.annotate(folder / "images", tmp_path / "out", options),
                 lambda: trt_yolov6.evaluate(detector, folder / "cells", options=options),
             ),
-            "`predict` is a dict": (
+            "`predict` is of type dict": (
                 lambda: trt_yolov6.benchmark(detector, images=folder / "images", predict=options),
             ),
-            "`options` is a dict; give a LoadOptions": (lambda: trt_yolov6.load(path, options),),
-            "`quantization` is a dict; give a Quant": (
+            "`options` is of type dict; give LoadOptions": (
+                lambda: trt_yolov6.load(path, options),
+            ),
+            "`quantization` is of type dict; give Quant": (
                 lambda: trt_yolov6.build(
                     path, precision="int8", calibration="calib", quantization=options
                 ),
             ),
-            "`settings` is a dict; give a Quant": (
+            "`settings` is of type dict; give Quant": (
                 lambda: trt_yolov6.quantize(path, "calib", settings=options),
             ),
-            "`settings` is a dict; give a BuildSettings": (
+            "`settings` is of type dict; give BuildSettings": (
                 lambda: trt_yolov6.build(path, settings=options),
             ),
         }
@@ -398,6 +432,32 @@ def test_options_given_as_a_dictionary_are_named_with_their_class(
             for call in some:
                 with pytest.raises(UserError, match=re.escape(said)):
                     call()
+
+
+def test_what_is_not_a_path_is_named(folder: Path, tmp_path: Path) -> None:
+    wrong: Any
+    for wrong in (3, None, ["yolov6n.onnx"]):
+        calls = {
+            "path": (trt_yolov6.load, trt_yolov6.inspect),
+            "detector": (lambda path: trt_yolov6.evaluate(path, folder / "cells"),),
+            "data": (
+                lambda path: trt_yolov6.evaluate(folder / "yolov6n.onnx", path),
+                lambda path: trt_yolov6.compare(folder / "yolov6n.onnx", data=path),
+                trt_yolov6.train,
+            ),
+            "models": (lambda path: trt_yolov6.compare([path]),),
+            "source": (trt_yolov6.read_image,),
+        }
+        for name, some in calls.items():
+            for call in some:
+                said = re.escape(f"`{name}` is {wrong}; give a path.")
+                with pytest.raises(UserError, match=said):
+                    call(wrong)
+    for options in ({"output": 3}, {"baseline": 3}):
+        with pytest.raises(UserError, match="` is 3; give a path"):
+            trt_yolov6.compare(folder / "yolov6n.onnx", **options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="`detector` is 3; give a path"):
+        trt_yolov6.benchmark(3)  # type: ignore[call-overload]
 
 
 def test_a_path_longer_than_any_is_named(tmp_path: Path) -> None:

@@ -104,6 +104,17 @@ def test_a_short_name_stands_for_the_newest_build_and_that_is_said(
             find_engine(missing)
 
 
+def test_a_short_name_that_stands_for_no_build_is_answered_with_what_is_there(
+    graph: Graph, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("mine-int8", "mine-fp16", "min-fp16"):
+        build_engine(graph_from_onnx("net.onnx"), backend="onnxruntime", output=f"{name}.onnx")
+    for short in ("mine.trt", "mine.onnx", "mine"):
+        assert main(["bench", "--engine", short]) == 2
+        said = f"{short} does not exist, but its folder has mine-fp16.onnx, mine-int8.onnx; name"
+        assert said in capsys.readouterr().err
+
+
 def test_a_damaged_manifest_of_another_engine_is_passed_over(graph: Graph) -> None:
     built = build_engine(graph, backend="onnxruntime").path
     Path("engines/other.onnx").write_bytes(b"another")

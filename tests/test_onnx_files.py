@@ -142,8 +142,13 @@ def with_functions(model: onnx.ModelProto, operator: str) -> onnx.ModelProto:
     return model
 
 
-def test_functions_of_the_file_s_own_are_put_in_place(tmp_path: Path) -> None:
-    path = save(with_functions(detector(), "Conv"), tmp_path / "functions.onnx")
+@pytest.mark.parametrize("opset", [17, 13])
+def test_functions_of_the_file_s_own_are_put_in_place(opset: int, tmp_path: Path) -> None:
+    # A convolution is the same in both opsets.
+    model = with_functions(detector(), "Conv")
+    for function in model.functions:
+        function.opset_import[0].version = opset
+    path = save(model, tmp_path / "functions.onnx")
     for fp16 in (False, True):
         own, plain = (
             graph_from_onnx(one, fp16=fp16).model
@@ -154,6 +159,13 @@ def test_functions_of_the_file_s_own_are_put_in_place(tmp_path: Path) -> None:
         )
         for given, wanted in zip(*(run(m, random_images(1)[0]) for m in (own, plain)), strict=True):
             np.testing.assert_array_equal(given, wanted)
+
+
+def test_functions_of_operators_that_another_opset_changed_are_refused(tmp_path: Path) -> None:
+    model = with_functions(detector(), "Conv")
+    model.functions[0].opset_import[0].version = 22
+    with pytest.raises(UserError, match=r"function op Conv *is not compatible"):
+        read_onnx(save(model, tmp_path / "other.onnx"))
 
 
 def test_what_is_in_functions_is_recognized_in_an_engine_too(tmp_path: Path) -> None:

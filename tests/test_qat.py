@@ -330,7 +330,7 @@ def test_a_state_of_another_training_is_refused(start: Start, shapes: Path, tmp_
         shapes / "images" / "train",
         quantization=dataclasses.replace(MINMAX, image_limit=3),
     )
-    with pytest.raises(UserError, match="another network or with other settings"):
+    with pytest.raises(UserError, match="another network, on other data or with other"):
         train_quantized(fewer, settings, device="cpu", progress=False, state_file=state)
     state.write_bytes(b"junk")
     with pytest.raises(UserError, match="delete it to start again"):

@@ -423,9 +423,9 @@ def test_a_search_without_a_teacher_is_part_of_a_distillation(data: Path) -> Non
         "yolov6n", str(data), epochs=40, teacher="t.pt", rep_optimizer=RepOptimizerSettings()
     )
     search = search_settings(settings)
-    assert (search.epochs, search.plain_epochs, search.teacher) == (40, 10, None)
+    assert (search.epochs, search.last_plain_epochs, search.teacher) == (40, 10, None)
     shorter = dataclasses.replace(settings, rep_optimizer=RepOptimizerSettings(search_epochs=8))
-    assert search_settings(shorter).plain_epochs == 2
+    assert search_settings(shorter).last_plain_epochs == 2
 
 
 def test_a_teacher_of_other_classes_is_refused_before_the_search(

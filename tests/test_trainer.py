@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import resource
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ from trt_yolov6.models import Architecture, YOLOv6, architecture
 from trt_yolov6.training import optimizer
 from trt_yolov6.training.initialization import starting_model
 from trt_yolov6.training.log import scalars
+from trt_yolov6.training.losses import DistillationSettings
 from trt_yolov6.training.recipe import (
     ArchitectureOptions,
     TrainSettings,
@@ -277,6 +279,10 @@ def test_self_distillation_from_a_checkpoint(data: Path, tiny: Path, tmp_path: P
     settings = tiny_settings(data, tiny, epochs=2, teacher=str(teacher))
     result = train(settings, tmp_path / "student", progress=False)
     assert all(line["loss_distill_class"] > 0 for line in result.log)
+    # It decays over all epochs, unless it is said over how many.
+    over_two = dataclasses.replace(settings, distillation=DistillationSettings(epochs=2))
+    same = train(over_two, tmp_path / "same", progress=False)
+    assert [line["loss"] for line in same.log] == [line["loss"] for line in result.log]
     other = write_tiny(tmp_path / "five.pt", num_classes=5)
     with pytest.raises(UserError, match="knows other classes"):
         train(tiny_settings(data, tiny, teacher=str(other)), tmp_path / "no", progress=False)
@@ -422,6 +428,7 @@ def test_mistakes_cost_one_line(
         ("--set architecture.dfl=true", "give dfl as --dfl"),
         ("--lr 0.1 --set optimizer.learning_rate=0.2", "give learning_rate as --lr"),
         # Their names are those of options for something else.
+        ("--set optimizer.epochs=3", "optimizer.epochs=3: there is no epochs (did you mean"),
         ("--set augmentation.border=320", "border of 320"),
         ("--set distillation.epochs=5", "distillation is none"),
         ("--mosaic 0 --mixup 0.5", "give --mosaic above 0"),
@@ -487,6 +494,30 @@ def test_other_data_than_a_training_began_with_is_refused(tiny: Path, tmp_path: 
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"was started with 8 images, and .* has 7 now"):
         train(settings, tmp_path / "run", resume=True, progress=False)
+
+
+def test_what_has_changed_since_a_training_began_is_named(tiny: Path, tmp_path: Path) -> None:
+    data, run = write_shapes(tmp_path / "data"), tmp_path / "run"
+    teacher = write_tiny(tmp_path / "teacher.pt")
+    settings = tiny_settings(data, tiny, epochs=1, val_split="val", teacher=teacher)
+    train(settings, run, progress=False)
+    labels = data / "annotations"
+    for file, named in (
+        (labels / "instances_train.json", f"{data}, split train, has changed since the run"),
+        (labels / "instances_val.json", f"{data}, split val, has changed"),
+        (teacher, f"{teacher} has changed"),
+    ):
+        before = file.read_bytes()
+        if file == teacher:
+            file.write_bytes((run / "last.pt").read_bytes())
+        else:
+            content = json.loads(before)
+            content["annotations"][0]["bbox"][2] -= 1
+            file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=re.escape(named)):
+            train(settings, run, resume=True, progress=False)
+        file.write_bytes(before)
+    train(settings, run, resume=True, progress=False)
 
 
 def test_bad_data_is_refused_or_left_out_as_chosen(

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
+from trt_yolov6.common.files import path_of
+from trt_yolov6.common.ranges import Count, fitting
 from trt_yolov6.engines.base import Engine, LoadOptions
+from trt_yolov6.errors import UserError
 from trt_yolov6.runtime.detector import Detector
 from trt_yolov6.spec import PredictOptions
 
@@ -59,7 +62,7 @@ def load(
     """
     from trt_yolov6.engines import find_engine, load_engine
 
-    return Detector(load_engine(find_engine(Path(path)), backend, options))
+    return Detector(load_engine(find_engine(path_of(path, "path")), backend, options))
 
 
 def evaluate(
@@ -136,19 +139,18 @@ def benchmark(
         >>> result.throughput_fps == 1 / result.latency.median
         True
     """
-    if isinstance(detectors, (Detector, Engine, str, os.PathLike)):
+    if isinstance(detectors, (str, os.PathLike)) or not isinstance(detectors, Iterable):
         return benchmark([detectors], **options)[0]
     from trt_yolov6.bench.end_to_end import benchmark_end_to_end_many
     from trt_yolov6.bench.latency import benchmark_many
-    from trt_yolov6.common.ranges import Count, fitting
     from trt_yolov6.data.images import list_images
-    from trt_yolov6.errors import UserError
 
     how: dict[str, Any] = {**options}
     images, predict = how.pop("images", None), how.pop("predict", None)
     if images is None and predict is not None:
         raise UserError("`predict` is for timing with `images`; leave it out.")
-    fitting(how.get("streams", 1), Count, "`streams`")
+    for name in ("batch", "streams"):
+        fitting(how.get(name, 1), Count, f"`{name}`")
     if images is not None and how.pop("streams", 1) > 1:
         raise UserError("`streams` is for the engine alone; leave it out.")
     with contextlib.ExitStack() as stack:
@@ -157,8 +159,8 @@ def benchmark(
             raise UserError("there is no detector to time; name one as `detectors`.")
         if images is None:
             return benchmark_many(engines, **how)
-        if isinstance(images, (str, Path)):
-            images = list_images(images)
+        if not isinstance(images, Iterable) or isinstance(images, str):
+            images = list_images(path_of(images, "images"))
         files = [Path(image) if isinstance(image, str) else image for image in images]
         return benchmark_end_to_end_many(engines, files, predict, **how)
 
@@ -230,11 +232,11 @@ def compare(
     from trt_yolov6.comparison.run import compare as compare_plan
 
     chosen = plan_of(models, **plan)
-    if isinstance(baseline, (str, Path)):
-        baseline = read_results(baseline)
+    if baseline is not None and not isinstance(baseline, Mapping):
+        baseline = read_results(path_of(baseline, "baseline"))
     return compare_plan(
         chosen,
-        output,
+        path_of(output, "output"),
         again=again,
         baseline=baseline,
         other_device=other_device,
@@ -262,7 +264,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     """
     from trt_yolov6.diagnostics.inspection import inspect_file
 
-    return inspect_file(Path(path))
+    return inspect_file(path_of(path, "path"))
 
 
 def train(
@@ -305,7 +307,6 @@ def train(
         ('last.pt', 1)
     """
     from trt_yolov6.checkpoints.loading import load_checkpoint
-    from trt_yolov6.errors import UserError
     from trt_yolov6.training.recipe import TrainSettings, recipe_for
     from trt_yolov6.training.trainer import train as train_settings
 
@@ -317,17 +318,19 @@ def train(
                 f"`data` holds all settings; leave `{unused[0]}` out, or change the settings."
             )
     else:
-        checkpoint = load_checkpoint(weights) if weights else None
-        name = model or (checkpoint.arch.name if checkpoint else "s")
+        checkpoint = load_checkpoint(path_of(weights, "weights")) if weights else None
+        name = fitting(model, str | None, "`model`") or (
+            checkpoint.arch.name if checkpoint else "s"
+        )
         settings = recipe_for(
             name if name.startswith("yolov6") else f"yolov6{name}",
-            str(data),
+            str(path_of(data, "data")),
             weights=checkpoint,
             **recipe,
         )
     return train_settings(
         settings,
-        output or Path("runs/train") / settings.variant,
+        path_of(output or Path("runs/train") / settings.variant, "output"),
         device=device,
         resume=resume,
         progress=progress,
@@ -342,5 +345,5 @@ def _opened(detector: AnyDetector) -> Iterator[Engine]:
     elif isinstance(detector, Detector):
         yield detector.engine
     else:
-        with load(detector) as loaded:
+        with load(path_of(detector, "detector")) as loaded:
             yield loaded.engine

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from trt_yolov6.backends import BACKENDS
 from trt_yolov6.checkpoints import is_named_as_checkpoint
-from trt_yolov6.common.files import check_writable
+from trt_yolov6.common.files import check_writable, path_of
 from trt_yolov6.common.progress import a_line_a_minute
-from trt_yolov6.common.ranges import of_class
+from trt_yolov6.common.ranges import fitting, of_class
 from trt_yolov6.data.sources import check_source
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.build import (
@@ -127,7 +127,7 @@ def export(
         >>> graph.name, graph.precision, graph.image_size, graph.class_names
         ('yolov6n', 'fp32', (64, 64), ('RBC', 'WBC', 'Platelets'))
     """
-    _check_paths(source)
+    _check_paths(source, output=output)
     _check_options("export", options, GraphOptions)
     wanted = None if precision is None else Precision.parse(precision)
     if wanted is not None and wanted.quantizes:
@@ -176,7 +176,7 @@ def quantize(
     from trt_yolov6.quantization.table import write_table
     from trt_yolov6.quantization.trials import tried_table
 
-    _check_paths(source, calibration)
+    _check_paths(source, calibration, output)
     _check_options("quantize", options, QuantizeOptions)
     wanted = Precision.parse(precision)
     if not wanted.quantizes:
@@ -248,7 +248,7 @@ def build(
         >>> built.manifest.precision, built.manifest.backend
         ('fp16', 'onnxruntime')
     """
-    _check_paths(source, calibration)
+    _check_paths(source, calibration, output)
     _check_options("build", options, BuildOptions)
     wanted = None if precision is None else Precision.parse(precision)
     settings = of_class(settings, BuildSettings, "settings")
@@ -439,6 +439,14 @@ _INTEGERS = {
 }
 """Options that are one integer or this number of them, and that in words."""
 
+_KINDS: dict[str, Any] = {
+    "decoder": str | None,
+    "preprocess": Mapping[str, Any] | None,
+    "split": str | None,
+    "target": str | None,
+}
+"""Types of other options."""
+
 
 def _check_options(function: str, options: Mapping[str, Any], known: type[Any]) -> None:
     for name, value in options.items():
@@ -446,6 +454,10 @@ def _check_options(function: str, options: Mapping[str, Any], known: type[Any]) 
             raise TypeError(f"{function}() has no parameter {name!r}")
         if name == "nms" and not isinstance(value, (NmsSettings, NoneType)):
             raise UserError(f"`nms` is {value!r}; give thresholds, such as NmsSettings(), or None.")
+        if name in ("data", "table") and value is not None:
+            path_of(value, name)
+        if name in _KINDS:
+            fitting(value, _KINDS[name], f"`{name}`")
         if name not in _INTEGERS or value is None or isinstance(value, BatchProfile):
             continue
         count, words = _INTEGERS[name]
@@ -454,15 +466,18 @@ def _check_options(function: str, options: Mapping[str, Any], known: type[Any]) 
             raise UserError(f"`{name}` is {value!r}; give {words}.")
 
 
-def _check_paths(source: object, calibration: object = None) -> None:
-    if source is None or isinstance(source, (list, tuple)):
+def _check_paths(source: object, calibration: object = None, output: object = None) -> None:
+    # A graph and a checkpoint are dataclasses.
+    if not isinstance(source, (str, os.PathLike)) and not dataclasses.is_dataclass(source):
         raise UserError(
             f"`source` is {reprlib.repr(source)}; give the path of a checkpoint or ONNX file."
         )
-    if isinstance(calibration, (list, tuple)):
+    if not isinstance(calibration, (str, os.PathLike, NoneType)):
         raise UserError(
             f"`calibration` is {reprlib.repr(calibration)}; give the path of a folder of images."
         )
+    if output is not None:
+        path_of(output, "output")
 
 
 def _check_unused(graph: Graph, calibration: str | Path | None, options: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.common.ranges import plain
+from trt_yolov6.common.ranges import Checked, plain
 from trt_yolov6.errors import UserError
 
 PrecisionName = Literal["fp32", "fp16", "int8", "int8-dynamic", "fp8"]
@@ -166,7 +165,7 @@ def two_sides(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class BatchProfile:
+class BatchProfile(Checked):
     """The batch sizes an engine takes, and the one it is tuned for."""
 
     min: int = 1
@@ -174,6 +173,7 @@ class BatchProfile:
     max: int = 32
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.min <= self.opt <= self.max:
             raise UserError(
                 f"the batch profile {self.min},{self.opt},{self.max} is not increasing from 1; "
@@ -205,8 +205,10 @@ class BatchProfile:
         """
         if isinstance(batch, BatchProfile):
             return batch
-        sizes = batch if isinstance(batch, Sequence) else (batch,) * 3
-        return cls(*map(operator.index, sizes))
+        sizes = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,) * 3
+        if len(sizes) != 3:
+            raise UserError(f"the batch profile {sizes} is not (min, opt, max); give these three.")
+        return cls(*sizes)
 
     @property
     def is_static(self) -> bool:
@@ -235,7 +237,8 @@ class NmsSettings:
             raise UserError(f"IoU threshold {self.iou} is out of range; give `iou` in 0..1.")
         if not is_whole(self.max_detections) or self.max_detections < 1:
             raise UserError(
-                f"`max_detections` {self.max_detections} is out of range; give 1 or more."
+                f"`max_detections` {self.max_detections} is out of range; give a whole number "
+                "from 1."
             )
 
 

@@ -127,7 +127,7 @@ def _add_float_layers(int8: argparse._ActionsContainer) -> None:
         type=common.percent,
         metavar="PERCENT",
         help="--float-layers auto: run time, by layer times, that float layers may add, such as "
-        "5%%; without --max-ap-drop, the most accurate set within it",
+        "5%% (any); without --max-ap-drop, the most accurate set within it",
     )
     common.add_data(
         int8,
@@ -137,12 +137,15 @@ def _add_float_layers(int8: argparse._ActionsContainer) -> None:
 
 
 def _add_builder(parser: argparse.ArgumentParser) -> None:
-    common.add_backend(parser)
-    parser.add_argument("--target", help="GPU to cross-build for with tensorrt-rtx, such as t4")
+    common.add_backend(parser, "the best one that works here")
+    parser.add_argument(
+        "--target", help="tensorrt-rtx: GPU to build for, such as t4 (this machine's)"
+    )
     parser.add_argument(
         "--output",
         type=Path,
-        help="file to write (engines/<weights>-<precision>.onnx or .trt, with an unusual size)",
+        help="file to write (engines/<weights>-<precision>.onnx or .trt; a size or batch that is "
+        "not usual is part of the name)",
     )
     parser.add_argument(
         "--timing-cache", type=Path, help="TensorRT timing cache to use and extend (none)"
@@ -152,17 +155,21 @@ def _add_builder(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(part.strip().lower() for part in text.split(",") if part.strip()),
         metavar="NAMES",
         help="TensorRT: libraries it may take kernels from, such as "
-        "edge_mask_convolutions,jit_convolutions, which needs neither cuBLAS nor cuDNN",
+        "edge_mask_convolutions,jit_convolutions, which needs neither cuBLAS nor cuDNN (its own "
+        "choice)",
     )
     parser.add_argument(
         "--workspace",
         dest="workspace_mib",
         type=common.positive,
         metavar="MIB",
-        help="scratch memory limit (TensorRT's)",
+        help="TensorRT: most scratch memory, in MiB (its own limit)",
     )
     parser.add_argument(
-        "--optimization-level", type=int, choices=range(6), help="TensorRT builder effort (its own)"
+        "--optimization-level",
+        type=int,
+        choices=range(6),
+        help="TensorRT: effort of the builder; higher takes longer, for a faster engine (its own)",
     )
 
 

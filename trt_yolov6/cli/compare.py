@@ -43,8 +43,13 @@ def add(commands: common.Commands) -> None:
         "layers kept in float (fp32)",
     )
     parser.add_argument("--batches", type=_numbers, metavar="N,...", help="batch sizes (1,32)")
-    parser.add_argument("--backends", type=_texts, metavar="B,...", help="backends (auto)")
-    text = "input size of the engines that are built (that of `train`, an ONNX file's own)"
+    parser.add_argument(
+        "--backends",
+        type=_texts,
+        metavar="B,...",
+        help="backends, such as tensorrt,onnxruntime (auto: the best one that works here)",
+    )
+    text = "input size in pixels of what is built (that of the training, or the ONNX file's own)"
     common.add_image_size(parser, text)
     common.add_data(parser)
     parser.add_argument(
@@ -60,9 +65,11 @@ def add(commands: common.Commands) -> None:
         type=Path,
         default=DEFAULT_OUTPUT,
         metavar="DIR",
-        help=f"folder ({DEFAULT_OUTPUT})",
+        help=f"folder to write to ({DEFAULT_OUTPUT})",
     )
-    parser.add_argument("--again", action="store_true", help="measure latencies again")
+    parser.add_argument(
+        "--again", action="store_true", help="measure latencies again, though they are there"
+    )
     common.add_quiet(parser)
     _add_measuring(parser)
     _add_gate(parser)
@@ -70,9 +77,14 @@ def add(commands: common.Commands) -> None:
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("measurement")
-    how.add_argument("--rounds", type=common.positive, help="rounds over all engines (8)")
     how.add_argument(
-        "--duration", type=float, metavar="SECONDS", help="time per engine and batch size (10)"
+        "--rounds", type=common.positive, help="rounds over all engines, at least 3 (8)"
+    )
+    how.add_argument(
+        "--duration",
+        type=float,
+        metavar="SECONDS",
+        help="time of each engine at each batch size, all rounds together (10)",
     )
     how.add_argument(
         "--no-layers",
@@ -89,7 +101,9 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
     gate = parser.add_argument_group("gate")
-    gate.add_argument("--baseline", type=Path, help="results.json of an earlier comparison")
+    gate.add_argument(
+        "--baseline", type=Path, help="results.json of an earlier comparison, or its folder"
+    )
     gate.add_argument(
         "--max-slowdown",
         type=common.percent,
@@ -100,7 +114,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
         "--max-ap-drop",
         type=float,
         metavar="POINTS",
-        help="fail if an AP has fallen by more points (hundredths) (0.2)",
+        help="fail if an AP has fallen by more points, hundredths of AP (0.2)",
     )
     gate.add_argument(
         "--strict", action="store_true", help="fail also where noise leaves it undecided"

@@ -21,7 +21,7 @@ from trt_yolov6.errors import UserError
 def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     parser = common.add_command(commands, "export", run, "export a checkpoint to ONNX")
-    parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
+    parser.add_argument("--weights", type=Path, metavar="FILE.pt", help=common.WEIGHTS_HELP)
     common.add_graph_options(parser)
     parser.add_argument("--output", type=Path, help="file to write (<weights>-<precision>.onnx)")
     cache = parser.add_argument_group("INT8 for TensorRT up to 10, without Q/DQ nodes")

@@ -39,7 +39,7 @@ def add(commands: common.Commands) -> None:
         help="format of the detections (json); with --ray jsonl or parquet (jsonl)",
     )
     parser.add_argument(
-        "--frames", type=common.positive, help="stop a video or stream after N frames"
+        "--frames", type=common.positive, help="stop a video or stream after N frames (all)"
     )
     parser.add_argument(
         "--output",

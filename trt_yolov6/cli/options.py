@@ -22,6 +22,7 @@ SAMPLE_WEIGHTS = Path("samples/yolov6n_bccd.pt")
 SAMPLE_DATA = Path("samples")
 SAMPLE_IMAGES = SAMPLE_DATA / "images" / "val"
 SAMPLE_CALIB = Path("calib")
+WEIGHTS_HELP = f"YOLOv6 checkpoint (the sample's, {SAMPLE_WEIGHTS})"
 CACHE_VERSION = "8.6.1"
 CALIBRATORS = ("auto", "margin", "minmax", "entropy", "percentile", "mse")
 ENGINE_SUFFIXES = {*(row.suffix for row in BACKENDS.values()), *PLAN_SUFFIXES}
@@ -108,7 +109,7 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
     precision.add_argument("--fp32", action="store_true", help="single precision (default)")
     precision.add_argument("--fp16", action="store_true", help="half precision")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--batch", type=positive, help="fixed batch size")
+    size.add_argument("--batch", type=positive, help="fixed batch size (any of --dynamic)")
     add_dynamic(
         size, "batch", "smallest batch size, the one to tune for, and the largest (1,32,32)"
     )
@@ -131,7 +132,7 @@ def add_dynamic(parser: argparse._ActionsContainer, dest: str, text: str) -> Non
 def add_checkpoint_or_onnx(parser: argparse.ArgumentParser, onnx: str) -> None:
     """Add --weights and --onnx, one of which may be given."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
+    source.add_argument("--weights", type=Path, metavar="FILE.pt", help=WEIGHTS_HELP)
     source.add_argument("--onnx", type=Path, help=onnx)
 
 
@@ -145,7 +146,8 @@ def add_data(
 
 def add_image_size(
     parser: argparse._ActionsContainer,
-    text: str = "input size, a multiple of 32 (`train`'s; the authors' 640, P6 1280, Lite 320)",
+    text: str = "input size in pixels, a multiple of 32 (that of the training; for the authors' "
+    "files 640, P6 1280, Lite 320)",
 ) -> None:
     """Add --imgsz."""
     parser.add_argument("--imgsz", dest="image_size", type=image_size, metavar="N|HxW", help=text)
@@ -196,20 +198,20 @@ def add_cache(parser: argparse._ActionsContainer, text: str) -> None:
     )
 
 
-def add_backend(parser: argparse.ArgumentParser) -> None:
-    """Add --backend."""
+def add_backend(parser: argparse.ArgumentParser, auto: str) -> None:
+    """Add --backend; `auto` says what is taken by default."""
     parser.add_argument(
         "--backend",
         default="auto",
         choices=("auto", *BACKENDS),
-        help="backend (auto: the best one that works here)",
+        help=f"backend (auto: {auto})",
     )
 
 
 def add_session(parser: argparse._ActionsContainer) -> None:
     """Add the options of ONNX Runtime's sessions."""
     parser.add_argument(
-        "--threads", type=positive, help="CPU threads of ONNX Runtime (one per core)"
+        "--threads", type=positive, help="CPU threads of ONNX Runtime (one per physical core)"
     )
     parser.add_argument(
         "--provider",
@@ -220,7 +222,7 @@ def add_session(parser: argparse._ActionsContainer) -> None:
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the options of running an engine."""
-    add_backend(parser)
+    add_backend(parser, "the one that the engine was built for")
     add_session(parser)
     parser.add_argument(
         "--no-cuda-graph",

@@ -35,7 +35,9 @@ def add(commands: common.Commands) -> None:
     """Add the command to the parser."""
     text = "fine-tune a checkpoint for INT8 (quantization-aware training)"
     parser = common.add_command(commands, "qat", run, text)
-    parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE.pt", help="YOLOv6 checkpoint; required"
+    )
     parser.add_argument(
         "--model", metavar="n|t|s|m|l|NAME", help="refuse a checkpoint of another variant"
     )

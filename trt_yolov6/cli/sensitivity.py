@@ -17,9 +17,7 @@ def add(commands: common.Commands) -> None:
         commands, "sensitivity", run, "rank layers by their sensitivity to INT8"
     )
     common.add_checkpoint_or_onnx(parser, "a detector's float ONNX file")
-    common.add_image_size(
-        parser, "input size (that of `train`; the authors' 640, P6 1280, Lite 320)"
-    )
+    common.add_image_size(parser)
     parser.add_argument(
         "--metric",
         choices=("mse", "snr", "cosine", "ap"),

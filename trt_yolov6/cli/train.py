@@ -132,7 +132,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="gray pixels on every side, in training and evaluation (0)",
     )
-    recipe.add_argument("--eval-interval", type=int, help="epochs between evaluations (10)")
+    recipe.add_argument(
+        "--eval-interval", type=int, help="epochs between evaluations; 0: only the last (10)"
+    )
     recipe.add_argument(
         "--set",
         dest="assignment",
@@ -291,9 +293,9 @@ def _changed(settings: TrainSettings, options: argparse.Namespace) -> TrainSetti
         field = assignment.partition("=")[0].strip()
         name = field.rpartition(".")[2]
         option = common.option_names(options.parser).get("model" if name == "variant" else name)
+        settings = with_field(settings, assignment)  # says so if there is no such field
         if option is not None and field not in _APART:
             raise UserError(f"--set {assignment}: give {name} as {option}.")
-        settings = with_field(settings, assignment)
     _check_use(settings, options)
     return settings
 

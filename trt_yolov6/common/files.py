@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import reprlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -138,6 +139,17 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
 def file_name(path: str | Path) -> str:
     """Return a file's name as UTF-8 spells it, whatever the locale."""
     return in_utf8(Path(path).name)
+
+
+def path_of(value: Any, name: str) -> Path:
+    """Return a path that is given as a text or a path.
+
+    Raises:
+        UserError: it is something else; the message names `name`.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise UserError(f"`{name}` is {reprlib.repr(value)}; give a path.")
+    return Path(value)
 
 
 def in_utf8(path: str) -> str:

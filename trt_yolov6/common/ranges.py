@@ -30,6 +30,7 @@ _TYPES = {
     "bool": "true or false",
     "float": "a number",
     "int": "a whole number",
+    "object": "a dictionary",
     "str": "a text",
 }
 
@@ -46,10 +47,9 @@ class Checked:
         for name, kind in _annotations(cls).items():
             value = plain(getattr(self, name))
             object.__setattr__(self, name, value)
-            if isinstance(value, dict):  # msgspec would take it for the class's fields
-                raise UserError(
-                    f"`{name}` is a dictionary; give a {getattr(kind, '__name__', kind)}."
-                )
+            if isinstance(value, dict) and (wanted := _class_in(kind)):
+                # msgspec would take it for the class's fields.
+                raise UserError(f"`{name}` is a dictionary; give {wanted}.")
             if not dataclasses.is_dataclass(value):  # such a one checks itself
                 fitting(value, kind, f"`{name}`")
 
@@ -71,7 +71,7 @@ def of_class(value: Any, kind: type[_Kind], name: str) -> _Kind:
         return kind()
     if not isinstance(value, kind):
         raise UserError(
-            f"`{name}` is a {type(value).__name__}; give a {kind.__name__}, such as "
+            f"`{name}` is of type {type(value).__name__}; give {kind.__name__}, such as "
             f"{kind.__name__}({next(iter(vars(kind())))}=...)."
         )
     return value
@@ -100,11 +100,19 @@ def _annotations(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 
+def _class_in(kind: Any) -> str | None:
+    """Return the name of the dataclass among the types that an annotation allows."""
+    parts = (kind, *typing.get_args(kind))
+    return next((part.__name__ for part in parts if hasattr(part, "__dataclass_fields__")), None)
+
+
 def _wanted(kind: Any, message: str) -> str:
     """Return in words what was expected, from the annotation or msgspec's message."""
     for part in (kind, *typing.get_args(kind)):
         if typing.get_origin(part) is Literal:
             return f"one of {', '.join(map(str, typing.get_args(part)))}"
+    if wanted := _class_in(kind):
+        return wanted
     bound = re.fullmatch(r"Expected `\w+` ([<>]=?) (\S+)", message)
     if bound and float(bound[2]) == _LARGEST:
         return "finite"

@@ -39,6 +39,7 @@ from msgspec import Meta
 
 from trt_yolov6.backends import PLAN_SUFFIXES
 from trt_yolov6.checkpoints import SUFFIXES as CHECKPOINT_SUFFIXES
+from trt_yolov6.common.files import path_of
 from trt_yolov6.common.ranges import Count, Positive, fitting, plain
 from trt_yolov6.common.records import as_record, check_keys, read_yaml
 from trt_yolov6.errors import UserError
@@ -70,7 +71,7 @@ class ModelEntry:
 
     def __post_init__(self) -> None:
         size = None if self.image_size is None else two_sides(self.image_size)
-        _change(self, path=Path(self.path), image_size=size)
+        _change(self, path=path_of(self.path, "models"), image_size=size)
 
     @property
     def label(self) -> str:
@@ -124,8 +125,8 @@ class Plan:
             batches=tuple(int(one) if is_whole(one) else one for one in batches),
             precisions=_several(self.precisions),
             backends=_several(self.backends),
-            data=Path(self.data),
-            calibration=Path(self.calibration),
+            data=path_of(self.data, "data"),
+            calibration=path_of(self.calibration, "calibration"),
         )
         if not self.models:
             raise UserError("there is nothing to compare; name checkpoints, ONNX files or engines.")
@@ -142,7 +143,15 @@ class Plan:
         if not self.backends:
             raise UserError("no backend is given; name some with `backends`, such as auto.")
         kinds = get_type_hints(Plan, include_extras=True)
-        for name in ("rounds", "duration", "examples", "threads"):
+        for name in (
+            "rounds",
+            "duration",
+            "examples",
+            "threads",
+            "calibrator",
+            "split",
+            "provider",
+        ):
             fitting(getattr(self, name), kinds[name], f"`{name}`")
         _ = self.predict_options
 
@@ -186,8 +195,7 @@ def plan_of(
     """
     if isinstance(models, Plan):
         return dataclasses.replace(models, **changes)
-    named = [models] if isinstance(models, (str, os.PathLike)) else models
-    paths = [Path(path) for path in named]
+    paths = [path_of(path, "models") for path in _several(models)]
     for path in paths:
         if path.suffix.lower() in YAML_SUFFIXES:
             if len(paths) == 1:

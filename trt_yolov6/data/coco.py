@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_yolov6.common.files import sha256_bytes
 from trt_yolov6.common.text import counted
 from trt_yolov6.data.annotations import check_units, find_image, flag, identity, number, whole
 from trt_yolov6.data.images import read_image, upright_size
@@ -76,6 +77,12 @@ class CocoDataset:
     def class_indices(self) -> dict[int, int]:
         """Class index by category id."""
         return {number: index for index, number in enumerate(self.category_ids)}
+
+    @property
+    def labels_sha256(self) -> str:
+        """Hash of the images' names and of their labels, not of pixels."""
+        names = [(one.id, one.path.name) for one in self.images]
+        return sha256_bytes(repr((names, self.class_names, self.annotations)).encode())
 
     def used(self) -> list[bool]:
         """Return, of each class, whether any object is of it."""

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_yolov6.common.files import in_utf8, is_utf8, read_bytes, sha256_bytes
+from trt_yolov6.common.files import in_utf8, is_utf8, path_of, read_bytes, sha256_bytes
 from trt_yolov6.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def read_encoded(source: str | Path | bytes, name: str | None = None) -> tuple[b
     """
     if isinstance(source, bytes):
         return source, name or "the image"
-    return read_bytes(source), name or str(source)
+    return read_bytes(path_of(source, "source")), name or str(source)
 
 
 def read_image(

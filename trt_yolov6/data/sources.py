@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trt_yolov6.common.files import read_json
+from trt_yolov6.common.files import path_of, read_json
+from trt_yolov6.common.ranges import fitting
 from trt_yolov6.errors import UserError, did_you_mean
 
 _PREFIX = "instances_"
@@ -46,7 +47,7 @@ def read_source(data: str | Path, split: str | None) -> Source:
     Raises:
         UserError: it is none of these, has no such split, or cannot be read.
     """
-    return _reader(Path(data), split)()
+    return _reader(path_of(data, "data"), split)()
 
 
 def _reader(data: Path, split: str | None, parameter: str = "split") -> Callable[[], Source]:
@@ -85,7 +86,7 @@ def check_source(data: str | Path, split: str | None, parameter: str = "split") 
     Raises:
         UserError: see `read_source`; the annotations themselves are not read.
     """
-    _reader(Path(data), split, parameter)
+    _reader(path_of(data, "data"), split, parameter)
 
 
 def choose_split(data: Path, splits: list[str], split: str | None, parameter: str) -> str:
@@ -97,6 +98,7 @@ def choose_split(data: Path, splits: list[str], split: str | None, parameter: st
     if not splits:
         raise UserError(f"{data} names no images under train, val or test; add them.")
     present = ", ".join(splits)
+    fitting(split, str | None, f"`{parameter}`")
     if split is not None:
         if split not in splits:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import os
 from pathlib import Path
@@ -159,6 +160,11 @@ def _check_exists(path: Path) -> None:
         raise UserError(
             f"{path} does not exist, but {others[0]} does; load that, or build "
             f"{path.name} with `trt-yolov6 build` on a machine that has TensorRT."
+        )
+    alike = path.parent.glob(f"{glob.escape(path.stem)}-*")
+    if names := sorted(other.name for other in alike if other.suffix in (".onnx", *PLAN_SUFFIXES)):
+        raise UserError(
+            f"{path} does not exist, but its folder has {', '.join(names)}; name the file in full."
         )
     raise UserError(f"{path} does not exist; build it with `trt-yolov6 build`, or check the path.")
 

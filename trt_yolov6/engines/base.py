@@ -7,12 +7,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from trt_yolov6.common.closing import Closing
+from trt_yolov6.common.ranges import Checked, Count
 from trt_yolov6.detectors.spec import Described, DetectorSpec
 from trt_yolov6.engines.manifest import Manifest
 from trt_yolov6.errors import UserError
@@ -84,10 +86,10 @@ class BuildSettings:
 
 
 @dataclass(frozen=True)
-class LoadOptions:
+class LoadOptions(Checked):
     """Settings for loading an engine."""
 
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads an ONNX Runtime session uses; None for one a physical core."""
     provider: str | None = None
     """ONNX Runtime execution provider: `cpu`, `cuda`, `tensorrt`; None for the best that works."""
@@ -97,7 +99,7 @@ class LoadOptions:
     """Family of a detector without a manifest (see `detectors.families`); None finds out."""
     preprocess: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Changes to how images are prepared: fields of `Preprocessing` by name."""
-    gpu: int = 0
+    gpu: Annotated[int, Meta(ge=0)] = 0
     """Number of the GPU for ONNX Runtime's providers. TensorRT takes CUDA's current one."""
 
 

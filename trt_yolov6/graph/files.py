@@ -15,7 +15,7 @@ from onnx.inliner import inline_local_functions
 from trt_yolov6.common.files import read_bytes
 from trt_yolov6.errors import UserError, first_line
 from trt_yolov6.graph.editing import set_nodes
-from trt_yolov6.graph.index import constants_of, names_read, subgraphs, type_name
+from trt_yolov6.graph.index import all_nodes, constants_of, names_read, subgraphs, type_name
 from trt_yolov6.graph.reference import parsed_model
 from trt_yolov6.spec import PrecisionName, TensorSpec
 
@@ -97,17 +97,38 @@ def read_weights(model: onnx.ModelProto, path: Path) -> bool:
 def inlined(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     """Return a model with the nodes of its own functions in place; itself where it has none.
 
-    Functions of another opset than the model's stay.
+    Functions with operators that are others in the model's opset stay.
 
     Raises:
         UserError: a function calls itself, or is called with other inputs than it has.
     """
     if not model.functions:
         return model
+    _unify_opsets(model)
     try:
         return inline_local_functions(model)
     except (onnx.checker.ValidationError, RuntimeError) as error:
         raise _not_whole(path, first_line(error)) from error
+
+
+def _unify_opsets(model: onnx.ModelProto) -> None:
+    """Give functions the opset of the model where their operators are the same in both.
+
+    ONNX inlines no others, and its own conversion fails on untyped functions (1.23).
+    """
+    versions = {opset.domain: opset.version for opset in model.opset_import}
+    for function in model.functions:
+        for opset in function.opset_import:
+            both = opset.version, versions.get(opset.domain, opset.version)
+            operators = {n.op_type for n in all_nodes(function) if n.domain == opset.domain}
+            if all(_since(one, both[0], opset) == _since(one, both[1], opset) for one in operators):
+                opset.version = both[1]
+
+
+def _since(operator: str, version: int, opset: onnx.OperatorSetIdProto) -> int | None:
+    """Return the opset in which an operator became what it is in a version; None if unknown."""
+    known = operator, version, opset.domain
+    return onnx.defs.get_schema(*known).since_version if onnx.defs.has(*known) else None
 
 
 def sort_nodes(model: onnx.ModelProto) -> bool:

@@ -12,9 +12,9 @@ from typing import Any, get_args
 
 import cv2
 
-from trt_yolov6.common.files import atomic_path, write_bytes
+from trt_yolov6.common.files import atomic_path, path_of, write_bytes
 from trt_yolov6.common.progress import progress_bar
-from trt_yolov6.common.ranges import of_class
+from trt_yolov6.common.ranges import Count, fitting, of_class
 from trt_yolov6.data.images import IMAGE_SUFFIXES, opencv_path
 from trt_yolov6.data.loader import Batch
 from trt_yolov6.data.media import Clip, Frame, Picture, Pictures, Video, find_media, open_video
@@ -83,9 +83,8 @@ def infer_source(
         if form not in get_args(Format):
             known = ", ".join(get_args(Format))
             raise UserError(f"format {form!r} is not known; give `formats` of {known}.")
-    if frames is not None and frames < 1:
-        raise UserError(f"`frames` {frames} is out of range; give 1 or more.")
-    output = Path(output)
+    fitting(frames, Count | None, "`frames`")
+    output = path_of(output, "output")
     media = find_media(source)
     if isinstance(media, Video):
         places = [] if media.is_live else [Path(media.address).parent]

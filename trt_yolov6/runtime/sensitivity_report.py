@@ -125,9 +125,7 @@ class LabelledAp:
     @property
     def data_sha256(self) -> str:
         """Hash of the images' names and of their labels."""
-        names = [(one.id, one.path.name) for one in self._dataset.images]
-        content = names, self._dataset.class_names, self._dataset.annotations
-        return sha256_bytes(repr(content).encode())
+        return self._dataset.labels_sha256
 
     def change(self, model: onnx.ModelProto, base: onnx.ModelProto) -> Interval:
         """Return by how much a form's AP is higher than another's, with its 95 % interval.

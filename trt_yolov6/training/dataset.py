@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trt_yolov6.common.files import sha256_bytes
 from trt_yolov6.common.text import counted
 from trt_yolov6.data.coco import CocoDataset, CocoImage, DataReport
 from trt_yolov6.data.images import same_files
@@ -79,6 +80,13 @@ class TrainingSet:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.sizes)
+
+    @property
+    def labels_sha256(self) -> str:
+        """Hash of the images' names and sizes and of their objects, not of pixels."""
+        names = repr((self.class_names, [path.name for path in self.files])).encode()
+        parts = (self.sizes, self.boxes, self.classes, self.first)
+        return sha256_bytes(names + b"".join(part.numpy().tobytes() for part in parts))
 
     def batch(
         self,

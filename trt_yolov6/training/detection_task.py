@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from trt_yolov6.training.ema import WINDOW, WeightAverage, average_for
 from trt_yolov6.training.graphed import graphed
 from trt_yolov6.training.initialization import check_image_size, starting_model
 from trt_yolov6.training.loop import StepLosses, Task
-from trt_yolov6.training.losses import Losses, detection_loss
+from trt_yolov6.training.losses import DistillationSettings, Losses, detection_loss
 from trt_yolov6.training.optimizer import largest_norm, make_optimizer, set_rates
 from trt_yolov6.training.recipe import TrainSettings
 from trt_yolov6.training.schedule import LOSS_BATCH, Plan, make_plan
@@ -114,7 +114,7 @@ def detection_task(
         identity=settings.to_json(),
         seed=settings.seed,
         plan=plan,
-        plain_epochs=settings.plain_epochs,
+        plain_epochs=settings.last_plain_epochs,
         data=data,
         augmentation=settings.augmentation,
         processes=processes,
@@ -274,6 +274,8 @@ def _losses(
     processes: Processes,
 ) -> Callable[[Tensor, Targets, float], StepLosses]:
     device = processes.device
+    distillation = settings.distillation or DistillationSettings()
+    distillation = replace(distillation, epochs=distillation.epochs or settings.epochs)
 
     def losses(images: Tensor, targets: Targets, epoch: float) -> StepLosses:
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
@@ -289,7 +291,7 @@ def _losses(
             settings.losses,
             epoch=epoch,
             teacher_levels=taught,
-            distillation=settings.distillation,
+            distillation=distillation,
             reduce_mean=processes.mean,
         )
         return StepLosses(found.total, _parts(found))

@@ -72,8 +72,8 @@ class DistillationSettings(Checked):
         UserError: `epochs` or a temperature is not above zero, or a weight is negative.
     """
 
-    epochs: Count
-    """Length of the training, over which the weight decays."""
+    epochs: Count | None = None
+    """Epochs over which the weight decays; None: all of the training."""
     class_weight: NotNegative = 1.0
     """Beside `LossSettings.class_weight`, by which it is multiplied."""
     box_weight: NotNegative = 1.0
@@ -143,8 +143,8 @@ def detection_loss(
         settings: which losses, see `check_losses`.
         epoch: from 0; says which assigner is at work and how far distillation has decayed.
         teacher_levels: the teacher's output for the same images, of the same shapes.
-        distillation: how to hold the student to the teacher, if there is one. Classes always,
-            boxes where the head predicts distributions.
+        distillation: how to hold the student to the teacher, if there is one, with the number of
+            epochs. Classes always, boxes where the head predicts distributions.
         reduce_mean: gives the elementwise mean over all processes of a float32 (3,) tensor;
             called once. Losses are sums divided by what it returns; so, as DistributedDataParallel
             averages gradients, they are those of one process with all the images. None: one
@@ -186,6 +186,7 @@ def detection_loss(
             each = _cross_entropy(objectness, labels.foreground.to(objectness.dtype))
             sums["objectness"] = settings.objectness_weight / found * each.sum()
         if teacher_levels is not None and distillation is not None:
+            assert distillation.epochs is not None
             decay = distillation_weight(epoch, distillation.epochs)
             guide = joined([_wide(level[0].detach()) for level in teacher_levels]).transpose(1, 2)
             each = class_divergence(logits, guide, distillation.class_temperature)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from trt_yolov6.checkpoints.loading import Checkpoint
-from trt_yolov6.common.ranges import Checked, Count, Share, ShareBelow1, fitting
+from trt_yolov6.common.files import path_of
+from trt_yolov6.common.ranges import Checked, Count, Share, ShareBelow1, fitting, of_class
 from trt_yolov6.common.records import as_record
 from trt_yolov6.errors import UserError, did_you_mean
 from trt_yolov6.models.variants import (
@@ -90,8 +90,8 @@ class TrainSettings(Checked):
     """Side of the network's input in pixels."""
     seed: int = 0
     precision: Precision = "auto"
-    plain_epochs: Annotated[int, Meta(ge=0)] = 15
-    """Last epochs, without Mosaic and Mixup (paper, 2.4.3)."""
+    plain_epochs: Annotated[int, Meta(ge=0)] | None = None
+    """Last epochs, without Mosaic and Mixup (paper, 2.4.3); None: 15, at most a quarter of all."""
     eval_interval: Annotated[int, Meta(ge=0)] = 10
     """Epochs from one evaluation to the next, 4 times as often in the last ones; 0: only once, at
     the end."""
@@ -102,7 +102,7 @@ class TrainSettings(Checked):
     teacher: str | None = None
     """Checkpoint of the teacher of self-distillation (paper, 2.4.2)."""
     distillation: DistillationSettings | None = None
-    """Distillation settings; only with `teacher`."""
+    """Distillation settings, only with `teacher`; None: those by default."""
     rep_optimizer: RepOptimizerSettings | None = None
     """Train a single-branch network as if it had branches (paper, 2.5.1); None: as it is."""
     common_statistics: bool = True
@@ -120,6 +120,11 @@ class TrainSettings(Checked):
         super().__post_init__()
         _check(self)
 
+    @property
+    def last_plain_epochs(self) -> int:
+        """Number of last epochs without Mosaic and Mixup, whether or not it was chosen."""
+        return min(15, self.epochs // 4) if self.plain_epochs is None else self.plain_epochs
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values, ready for `json.dumps`."""
         return dataclasses.asdict(self)
@@ -132,8 +137,6 @@ def recipe_for(
     options: ArchitectureOptions | None = None,
     weights: Checkpoint | None = None,
     scales: Checkpoint | None = None,
-    epochs: int = 300,
-    plain_epochs: int | None = None,
     **others: Any,
 ) -> TrainSettings:
     """Return the paper's recipe for a variant.
@@ -145,15 +148,13 @@ def recipe_for(
         weights: checkpoint to start from, which then says what the network is; the optimizer's
             values are those for fine-tuning, and no other assigner is at work at first.
         scales: hyper-search network for RepOptimizer, which then says what the network is.
-        epochs: passes over the training split.
-        plain_epochs: last epochs without Mosaic and Mixup; None: 15, but at most a quarter of all.
-        others: any other field of `TrainSettings`; `image_size` is otherwise what `weights` were
-            trained at, or the authors'.
+        others: any other field of `TrainSettings`, such as `epochs`; `image_size` is otherwise what
+            `weights` were trained at, or the authors'.
 
     Raises:
         UserError: there is no such variant, or a value is out of range.
     """
-    options = options or ArchitectureOptions()
+    options = of_class(options, ArchitectureOptions, "options")
     source = weights or scales
     arch = source.arch if source else adapted(architecture(variant), options)
     losses = default_losses(arch)
@@ -165,22 +166,20 @@ def recipe_for(
         "optimizer": default_optimizer(variant, fine_tuning=weights is not None),
         "losses": losses,
         "augmentation": augmentation_for(variant),
-        "plain_epochs": min(15, epochs // 4) if plain_epochs is None else plain_epochs,
         "image_size": trained or arch.image_size,
         **others,
     }
     if scales:
         values["rep_optimizer"] = RepOptimizerSettings(scales=str(scales.path))
     if values.get("teacher") is not None:
-        values["teacher"] = os.fspath(values["teacher"])
+        values["teacher"] = str(path_of(values["teacher"], "teacher"))
         if values.get("distillation") is None:
-            values["distillation"] = DistillationSettings(epochs=epochs)
+            values["distillation"] = DistillationSettings()
     return TrainSettings(
         data=data,
         variant=variant,
         architecture=options,
         weights=str(weights.path) if weights else None,
-        epochs=epochs,
         **values,
     )
 
@@ -193,6 +192,8 @@ def search_settings(settings: TrainSettings) -> TrainSettings:
     assert settings.rep_optimizer is not None
     epochs = settings.rep_optimizer.search_epochs or settings.epochs
     plain = settings.plain_epochs
+    if plain is not None and epochs != settings.epochs:
+        plain = min(plain, epochs // 4)
     return dataclasses.replace(
         settings,
         architecture=dataclasses.replace(settings.architecture, block="scaled"),
@@ -200,7 +201,7 @@ def search_settings(settings: TrainSettings) -> TrainSettings:
         teacher=None,
         distillation=None,
         epochs=epochs,
-        plain_epochs=plain if epochs == settings.epochs else min(plain, epochs // 4),
+        plain_epochs=plain,
     )
 
 
@@ -337,7 +338,7 @@ def _check(settings: TrainSettings) -> None:
             "`image_size` such as 640",
         ),
         (
-            settings.plain_epochs <= settings.epochs,
+            settings.last_plain_epochs <= settings.epochs,
             f"{settings.plain_epochs} last epochs without Mosaic are not between 0 and the "
             f"{settings.epochs} in all; give other `plain_epochs`",
         ),
@@ -346,8 +347,9 @@ def _check(settings: TrainSettings) -> None:
             f"a border of {border} leaves no image; give `border` less",
         ),
         (
-            (settings.teacher is None) == (settings.distillation is None),
-            "self-distillation needs a teacher; give the checkpoint as `teacher`",
+            settings.distillation is None or settings.teacher is not None,
+            "self-distillation needs a teacher; give the checkpoint as `teacher`, or leave "
+            "`distillation` out",
         ),
         (
             settings.rep_optimizer is None or settings.weights is None,

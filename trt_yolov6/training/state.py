@@ -30,6 +30,8 @@ class Progress:
 
     images: int = 0
     """Images of the training split, by whose number steps make epochs; 0 where it is not known."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of what else decides the result, by what messages call it."""
     step: int = 0
     """The next step, from 0."""
     best_ap: float | None = None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from trt_yolov6.checkpoints.loading import load_checkpoint
 from trt_yolov6.checkpoints.native import Training, write_checkpoint
-from trt_yolov6.common.files import read_json, sole_writer, write_json
+from trt_yolov6.common.files import read_json, sha256_file, sole_writer, write_json
 from trt_yolov6.common.text import counted
 from trt_yolov6.errors import UserError
 from trt_yolov6.models.variants import architecture
@@ -212,6 +212,14 @@ def _trained(
             f"the run in {folder} was started with {counted(done.images, 'image')}, and "
             f"{settings.data} has {images} now; restore them, or start again in another folder."
         )
+    inputs = _inputs(detector, scales)
+    for what, sha256 in inputs.items():
+        if done.inputs.get(what, sha256) != sha256:
+            raise UserError(
+                f"{what} has changed since the run in {folder} was started; restore it, or start "
+                "again in another folder."
+            )
+    done.inputs = inputs
     # Only now: what cannot be trained leaves no run.
     if processes.is_first:
         for place, its in {**(settings_of or {}), folder: settings}.items():
@@ -234,11 +242,26 @@ def _trained(
     )
 
 
+def _inputs(detector: DetectionTask, scales: str | Path | None) -> dict[str, str]:
+    """Return the hashes of what a resumed training reads again, by what messages call it.
+
+    Not of the weights to start from: the state has what became of them.
+    """
+    settings, validation = detector.settings, detector.validation
+    found = {f"{settings.data}, split {settings.train_split},": detector.task.data.labels_sha256}
+    if validation is not None:
+        found[f"{settings.data}, split {settings.val_split},"] = validation.labels_sha256
+    for file in (settings.teacher, scales):
+        if file is not None:
+            found[str(file)] = sha256_file(file)
+    return found
+
+
 def _train(detector: DetectionTask, folder: Path, done: Progress, call: _Call) -> None:
     """Do the steps that are left; evaluate and write checkpoints where it is time."""
     settings, task = detector.settings, detector.task
     evaluated = set(
-        evaluation_epochs(settings.epochs, settings.eval_interval, settings.plain_epochs)
+        evaluation_epochs(settings.epochs, settings.eval_interval, settings.last_plain_epochs)
     )
     first_epoch = done.step // task.plan.steps_per_epoch
     is_first = call.processes.is_first

@@ -99,7 +99,7 @@ class ImageSlots:
         """
         slot = self._idle.popleft() if self._idle else self._new_slot()
         try:
-            slot.start(images, placed, rows, nms, clip, after, patient)
+            slot.start(images, placed, (rows, nms, clip), after, patient)
         except BaseException:
             self._idle.append(slot)
             raise
@@ -167,9 +167,7 @@ class ImageSlot:
         self,
         images: Sequence[Image],
         placed: Sequence[Letterbox],
-        rows: int,
-        nms: NmsSettings,
-        clip: bool | None,
+        key: _Key,
         after: Event | None,
         patient: bool,
     ) -> None:
@@ -183,12 +181,11 @@ class ImageSlot:
             self._send_several(images, placed)
         if after is not None:
             stream.wait_for(after)
-        key = rows, nms, clip
         if self._graph is not None and key == self._key:
             self._graph.launch(stream)
         else:
             self._key = key
-            self._is_suppressed = self._suppression is not None and Suppression.fits(nms)
+            self._is_suppressed = self._suppression is not None and Suppression.fits(key[1])
             self._launch(key)
         if patient:
             self._end.record(stream)
@@ -233,7 +230,7 @@ class ImageSlot:
         """Return the median seconds of each stage alone; the images are placed first."""
         rows, slot = len(images), self._slot
         stream = slot.stream
-        self.start(images, placed, rows, nms, True, None, False)
+        self.start(images, placed, (rows, nms, True), None, False)
         self.finish(patient=False)
         here = [image for image in images if not isinstance(image, ImageView)]
 

@@ -264,7 +264,7 @@ def _identity(start: Start, settings: QatSettings, data: TrainingSet) -> list[An
         table.variant,
         start.quantization.placement.float_layers,
         sorted(start.quantization.weight_bits.items()),
-        (len(data), data.image_size),
+        (data.labels_sha256, data.image_size),
     ]
 
 
@@ -275,8 +275,8 @@ def _restored(path: Path | None, task: Task) -> Progress:
     state = read_state(path)
     if state["settings"] != json.loads(json.dumps(task.identity)):
         raise UserError(
-            f"{path} is of a training of another network or with other settings; give those it "
-            "began with, or another `state_file`.",
+            f"{path} is of a training of another network, on other data or with other settings; "
+            "give those it began with, or another `state_file`.",
         )
     return restore(state, task.learner)
 
