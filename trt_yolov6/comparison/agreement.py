@@ -93,10 +93,10 @@ def _float_engine(index: int, pairs: Sequence[_Measured], known: Sequence[str]) 
     size = pairs[index][1]["image_size"]
     for names in (known, labels):
         for precision in FLOAT:
-            wanted = names[index], precision, size
+            sought = names[index], precision, size
             for pair, name in zip(pairs, names, strict=True):
                 found = pair[1]
-                if (name, found["precision"], found["image_size"]) == wanted and found["found"]:
+                if (name, found["precision"], found["image_size"]) == sought and found["found"]:
                     return pair
     return None
 

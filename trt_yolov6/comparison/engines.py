@@ -165,25 +165,27 @@ def build_case(work: Work, case: Case) -> BuiltCase:
     Raises:
         UserError: the file does not take any of the batch sizes, or cannot be built from.
     """
-    wanted = sorted(set(work.plan.batches))
+    batches = sorted(set(work.plan.batches))
     if not case.source.buildable:
-        return _as_it_is(case, wanted)
+        return _as_it_is(case, batches)
     fixed = case.source.batch
     left_out: tuple[str, ...] = ()
     if fixed:
-        if fixed not in wanted:
+        if fixed not in batches:
             raise UserError(
                 f"{case.entry.path} takes batch {fixed} only; add it to `batches`, or export it "
                 "again with a free batch axis.",
             )
-        left_out = _not_taken(case, [batch for batch in wanted if batch != fixed], f"batch {fixed}")
+        left_out = _not_taken(
+            case, [batch for batch in batches if batch != fixed], f"batch {fixed}"
+        )
         profiles = {fixed: BatchProfile.of(fixed)}
     elif case.backend == "onnxruntime":
-        # One graph serves all sizes equally well, and is the same whichever are wanted.
-        most = max(32, *wanted)
-        profiles = dict.fromkeys(wanted, BatchProfile(1, most, most))
+        # One graph serves all sizes equally well, and is the same whichever are measured.
+        most = max(32, *batches)
+        profiles = dict.fromkeys(batches, BatchProfile(1, most, most))
     else:
-        profiles = {batch: BatchProfile.of(batch) for batch in wanted}
+        profiles = {batch: BatchProfile.of(batch) for batch in batches}
     records = {batch: _record(work, case, profile) for batch, profile in profiles.items()}
     return BuiltCase(
         case,
@@ -280,10 +282,10 @@ def _calibration_inputs(plan: Plan) -> Mapping[str, Any]:
     }
 
 
-def _as_it_is(case: Case, wanted: Sequence[int]) -> BuiltCase:
-    path, batches = case.entry.path, BatchProfile(*case.source.batches)
-    takes = f"batches of {batches.min} to {batches.max}"
-    taken = [batch for batch in wanted if batches.min <= batch <= batches.max]
+def _as_it_is(case: Case, batches: Sequence[int]) -> BuiltCase:
+    path, profile = case.entry.path, BatchProfile(*case.source.batches)
+    takes = f"batches of {profile.min} to {profile.max}"
+    taken = [batch for batch in batches if profile.min <= batch <= profile.max]
     if not taken:
         raise UserError(f"{path} takes {takes}, of which `batches` has none; add one.")
     sha256 = case.source.sha256
@@ -293,7 +295,7 @@ def _as_it_is(case: Case, wanted: Sequence[int]) -> BuiltCase:
         dict.fromkeys(taken, path),
         dict.fromkeys(taken, sha256),
         dict.fromkeys(taken, record),
-        _not_taken(case, [batch for batch in wanted if batch not in taken], takes),
+        _not_taken(case, [batch for batch in batches if batch not in taken], takes),
     )
 
 

@@ -399,8 +399,8 @@ class _Judge:
         written = entry.get("bbox")
         box: Any = [number(value) for value in written] if isinstance(written, list) else []
         if len(box) != 4 or not all(type(value) in (int, float) for value in box):
-            wanted = entry.get("wanted", "a box of four numbers")
-            return "malformed", f"has {_short(written)} where {wanted} should be"
+            expected = entry.get("expected", "a box of four numbers")
+            return "malformed", f"has {_short(written)} where {expected} should be"
         category = self.categories.get(identity(entry.get("category_id")))
         if category is None:
             fault = f"is of category {_short(entry.get('category_id'))}, which is not listed"

@@ -329,10 +329,10 @@ def _only(outputs: Outputs, what: str, fits: Callable[[NDArray[Any]], bool]) -> 
     return fitting[0]
 
 
-def _unlike(outputs: Outputs, wanted: str) -> UserError:
+def _unlike(outputs: Outputs, expected: str) -> UserError:
     return UserError(
-        f"the engine's outputs ({_shapes(outputs)}) do not have {wanted}, which its output layout "
-        "promises; build it again with `trt-yolov6 build`, or name its `decoder`.",
+        f"the engine's outputs ({_shapes(outputs)}) do not have {expected}, which its output "
+        "layout promises; build it again with `trt-yolov6 build`, or name its `decoder`.",
     )
 
 

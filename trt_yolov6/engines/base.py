@@ -328,11 +328,11 @@ class Engine(Described, Closing):
 
 def check_images(engine: Engine, images: Any) -> None:
     """Raise UserError unless an array's `shape` and `dtype` are what the engine takes."""
-    wanted = engine.input
-    if not wanted.fits(images):
-        shape = ["batch", *wanted.shape[1:]]
+    expected = engine.input
+    if not expected.fits(images):
+        shape = ["batch", *expected.shape[1:]]
         raise UserError(
-            f"{engine.path} takes {wanted.dtype} images of shape {shape}, not {images.dtype} "
+            f"{engine.path} takes {expected.dtype} images of shape {shape}, not {images.dtype} "
             f"{list(images.shape)}; prepare them with trt_yolov6.data.loader.fill_row."
         )
     check_batch(engine, images.shape[0])

@@ -528,7 +528,7 @@ def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> 
     outputs = session.run(None, {"images": pixels if settings.uint8_input else planar})
     # Measured on the sample: 1e-6 in float32 and 2e-3 in half precision, of the largest value.
     limit = 2e-2 if settings.fp16 else 1e-4
-    for name, got, wanted, scale in zip(
+    for name, got, expected, scale in zip(
         ("boxes", "scores"),
         outputs,
         (boxes.mT.numpy(), scores.mT.numpy()),
@@ -536,7 +536,7 @@ def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> 
         (max(*size, float(boxes.abs().max())), max(1, largest / 16)),
         strict=True,
     ):
-        error = float(np.abs(got - wanted).max()) / scale
+        error = float(np.abs(got - expected).max()) / scale
         if not error <= limit:
             raise UserError(
                 f"the exported graph's {name} differ from the PyTorch model's by {error:.2g} of "

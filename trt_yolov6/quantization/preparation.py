@@ -38,18 +38,18 @@ _log = logging.getLogger(__name__)
 
 RANGE_BITS = 11
 """Significant bits of a range. Float sums differ in their last bits from processor to processor;
-the ranges made of them, and all that follows, hardly ever do when rounded up so, and none is wider
-by more than 0.1 %."""
+ranges rounded up to this, and all that follows from them, hardly ever do. It widens none by more
+than 0.1 %."""
 
 FEWEST_IMAGES, MOST_IMAGES = 16, 64
-"""Images that candidates are compared on, spread evenly over those that judge: the lighter the
-network the more, since few images agree by chance."""
+"""Limits of how many images candidates are compared on, evenly spaced among those that judge: the
+lighter the network the more, since few images agree by chance."""
 
 _COMPARISON = 100e9
 """Multiply-adds spent on comparing one candidate, within those limits."""
 
 _MUCH = 0.25
-"""Part of the convolutions from which on shifted tensors make a form of its own."""
+"""Least ratio of shifted tensors to convolutions for the shifted form to count as another one."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Prepared:
     def ranges(self, method: Method, float_layers: tuple[str, ...] = ()) -> dict[str, float]:
         """Return the tensors' ranges by a calibrator, with some layers in float.
 
-        With other layers in float, pairs stand elsewhere and groups are other ones.
+        They depend on the float layers: other pairs and groups are then placed.
         """
         return self._ranges(self.placed(float_layers), method)
 
@@ -133,7 +133,7 @@ def prepare(
         graph: the float graph.
         paths: images that calibrate.
         settings: what is quantized to, and the border of the images.
-        variant: the form wanted.
+        variant: which form.
         measure: collect statistics, where the form itself does not take them.
         known: the plain graph's statistics on the same images, of what `equalize` wants to know
             and of what the plain variant quantizes, where they have been collected.
@@ -153,8 +153,8 @@ def prepare(
         form = formed(graph, variant, measured(graph.model, tensors) if tensors else {})
     placement = place_for(settings.quantized, form.model)
     to_align = form.solution is not None and form.shifts_much
-    wanted = quantizable_tensors(form.model, settings) if measure or to_align else ()
-    statistics = measured(form.model, wanted) if wanted else {}
+    names = quantizable_tensors(form.model, settings) if measure or to_align else ()
+    statistics = measured(form.model, names) if names else {}
     prepared = Prepared(variant, settings.quantized, form.model, placement, statistics)
     if form.solution is None or not to_align:
         return prepared
@@ -179,7 +179,7 @@ def weight_tuning(
 
 
 def calibrators(settings: QuantizationSettings) -> tuple[Method, ...]:
-    """Return the calibrators to choose from, the first first."""
+    """Return the calibrators to choose from, the default first."""
     chosen = settings.calibrator
     return methods_to_try(settings.quantized) if chosen == "auto" else (chosen,)
 
@@ -189,7 +189,7 @@ def formed(graph: Graph, variant: Variant, ranges: Mapping[str, TensorStatistics
 
     Args:
         graph: the float graph.
-        variant: the form wanted.
+        variant: which form.
         ranges: of what `equalize` wants to know of the plain graph.
     """
     if variant == "plain":
@@ -206,8 +206,8 @@ def plain_statistics(
 ) -> Mapping[str, TensorStatistics]:
     """Return the statistics that `prepare` takes as `known`: one pass serves all variants."""
     plain = graph.model
-    wanted = (*tensors_to_measure(plain), *quantizable_tensors(plain, settings))
-    return collect(plain, images, wanted, copies=copies_of(graph))
+    tensors = (*tensors_to_measure(plain), *quantizable_tensors(plain, settings))
+    return collect(plain, images, tensors, copies=copies_of(graph))
 
 
 def quantizable_tensors(model: onnx.ModelProto, settings: QuantizationSettings) -> Sequence[str]:

@@ -113,8 +113,8 @@ def interval(
 
 def _match_class(truth: Sequence[Detections], found: Sequence[Detections], label: int) -> _Class:
     images, scores, hits, objects = [], [], [], []
-    for image, (wanted, seen) in enumerate(zip(truth, found, strict=True)):
-        boxes = wanted.xyxy[wanted.class_id == label].astype(np.float64)
+    for image, (true, seen) in enumerate(zip(truth, found, strict=True)):
+        boxes = true.xyxy[true.class_id == label].astype(np.float64)
         boxes = boxes[_areas(boxes) >= 0]
         own = seen.class_id == label
         order = np.argsort(-seen.confidence[own], kind="stable")[:_MOST_DETECTIONS]

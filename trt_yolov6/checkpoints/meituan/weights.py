@@ -315,15 +315,15 @@ class _Reader:
         if bn not in self._tree:
             self._convolution(block.conv, conv, bias=True)
             return ConvAct(block.conv, block.act)
-        wanted = block.conv.bias is not None
+        needs_bias = block.conv.bias is not None
         self._convolution(block.conv, conv, bias=bias)
         self._normalization(block.bn, bn)
-        if bias and not wanted:
+        if bias and not needs_bias:
             assert block.conv.bias is not None
             assert block.bn.running_mean is not None
             block.bn.running_mean -= block.conv.bias.detach()
             block.conv.bias = None
-        elif wanted and not bias:
+        elif needs_bias and not bias:
             block.conv.bias = nn.Parameter(torch.zeros(block.conv.out_channels))
         return block
 

@@ -417,8 +417,8 @@ def _needed(model: onnx.ModelProto, outputs: set[str]) -> list[onnx.NodeProto]:
     for node in graph.nodes:
         if node.op_type in CONVOLUTIONS or after_layer.intersection(node.input):
             after_layer.update(node.output)
-    wanted = graph.ancestors(outputs) & after_layer
-    return [node for node in graph.nodes if node.output[0] in wanted]
+    needed = graph.ancestors(outputs) & after_layer
+    return [node for node in graph.nodes if node.output[0] in needed]
 
 
 def _first_input(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any]) -> str:
