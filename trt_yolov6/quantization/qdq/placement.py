@@ -357,10 +357,10 @@ def _repeated(
 ) -> dict[str, str]:
     """Return the tensors dequantized late, each with a tensor of the same scale that has a pair.
 
-    Such a pair changes no value. TensorRT 8 runs a convolution in INT8 only if a pair is right before
-    it; otherwise its weights' DequantizeLinear stays a layer, and the build fails. TensorRT-RTX 1.7
-    builds the same layers with all these pairs or none; with one after a concatenation and none
-    after the pooling before it, that pooling is in float.
+    Such a pair changes no value. TensorRT 8 runs a convolution in INT8 only after a pair that feeds
+    it directly; otherwise its weights' DequantizeLinear stays a layer, and the build fails.
+    TensorRT-RTX 1.7 builds the same layers with all these pairs or none; with one after a
+    concatenation and none after the pooling before it, that pooling is in float.
     """
     sources = {result: inputs[0] for inputs, result in links}
     found: dict[str, str] = {}
