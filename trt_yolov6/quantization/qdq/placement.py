@@ -45,8 +45,15 @@ class Placement:
     unquantized_reads: frozenset[tuple[str, str]]
     """Pairs of a quantized tensor and the first output of a node that reads it unquantized."""
     repeated: dict[str, str] = field(default_factory=dict)
-    """Results of concatenations, poolings and the like, each with a tensor of the same scale that
-    went into it: they get a pair too, which changes no value."""
+    """Results of concatenations, poolings and the like, each with an input of the same scale: they
+    get a pair too, which changes no value."""
+
+    @property
+    def group_of(self) -> dict[str, tuple[str, ...]]:
+        """Group of each of `tensors`; one that shares its scale with no other is its own group."""
+        return {name: (name,) for name in self.tensors} | {
+            name: group for group in self.groups for name in group
+        }
 
 
 Rule = Callable[[GraphIndex, "onnx.NodeProto"], "str | None"]

@@ -246,12 +246,11 @@ class GraphNetwork(nn.Module):
     def _add_quantizers(
         self, nodes: Sequence[onnx.NodeProto], given: Quantization, learn_scales: bool
     ) -> None:
-        group_of = {name: group[0] for group in given.placement.groups for name in group}
         known = {self._input, *(name for node in nodes for name in node.output)}
-        for tensor in given.placement.tensors:
+        for tensor, group in given.placement.group_of.items():
             if tensor not in known:
                 continue
-            key = f"tensor:{group_of.get(tensor, tensor)}".replace(".", ":")
+            key = f"tensor:{group[0]}".replace(".", ":")
             if key not in self.quantizers:
                 scale = torch.tensor(np.float32(given.scales[tensor]))
                 self.quantizers[key] = FakeQuantizer(

@@ -124,8 +124,7 @@ def prepare_graph(
 
 def _ends(model: onnx.ModelProto, placement: Placement) -> tuple[set[str], set[str]]:
     """Return the layers that read the image or make predictions, and what only they read."""
-    names, quantized = layer_names(model), set(placement.tensors)
-    graph = GraphIndex(model)
+    names, graph = layer_names(model), GraphIndex(model)
     layers, tensors, others = set(), set[str](), set[str]()
     for node in graph.nodes:
         if node.op_type not in CONVOLUTIONS:
@@ -138,8 +137,8 @@ def _ends(model: onnx.ModelProto, placement: Placement) -> tuple[set[str], set[s
         else:
             others.add(node.input[0])
     tensors -= others
-    grouped = {name for group in placement.groups for name in group}
-    return layers, (tensors & quantized) - grouped
+    alone = {name for name, group in placement.group_of.items() if len(group) == 1}
+    return layers, tensors & alone
 
 
 def _narrow(
@@ -157,9 +156,7 @@ def _narrow(
     statistics = collect(result.float_model, images, placement.tensors)
     scales: dict[str, float] = {}
     levels: dict[str, Levels] = {}
-    group_of = {name: group for group in placement.groups for name in group}
-    for name in placement.tensors:
-        members = group_of.get(name, (name,))
+    for name, members in placement.group_of.items():
         negative = any(statistics[member].amin < 0 for member in members)
         levels[name] = activation_levels(WIDEST if name in wide else bits, negative=negative)
         kind = dataclasses.replace(INT8, largest=levels[name].high)
