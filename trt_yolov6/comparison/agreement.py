@@ -1,9 +1,9 @@
 """Agreement of a quantized engine's detections with those of the same model's float engine.
 
-An AP on a hundred images varies by points from one hundred to another, so two engines' APs tell
-little about the quantization between them. Held against the float engine's own detections, image
-for image, much smaller differences show; and the difference of two APs varies far less over
-resampled images than either.
+An AP on a hundred images varies by points from one hundred to another, so two engines' APs say
+little about the quantization between them. Comparing with the float engine's own detections, image
+by image, shows much smaller differences; and the difference of two APs varies far less over
+resampled images than either AP.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trt_yolov6.quantization.resampling import interval, matched
 _log = logging.getLogger(__name__)
 
 FLOAT = ("fp32", "fp16")
-"""Precisions that a quantized engine is held against, the first one there is."""
+"""Precisions to compare a quantized engine with; the first that exists is used."""
 
 
 def packed(found: Sequence[Detections]) -> str:
@@ -61,7 +61,7 @@ def agreements(
     built: Sequence[BuiltCase],
     accuracies: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any] | None]:
-    """Return each quantized engine's agreement with its model's float engine, as `results` has it.
+    """Return each quantized engine's agreement with its model's float engine, see `results`.
 
     Args:
         work: what the comparison's steps share.

@@ -1,9 +1,8 @@
-"""A comparison held against an earlier one: is it slower, or less accurate, than may be?
+"""The gate: is a comparison slower or less accurate than an earlier one, beyond the limits?
 
-Latency is noisy, so a slowdown counts as one only where noise cannot explain it: where the whole
-interval of the ratio lies beyond the limit. The ratio is of two runs, each with its own interval;
-their errors add in quadrature. Where part of the interval lies beyond the limit the answer is
-undecided, which passes with a line that says so, or fails if `strict`. AP is exact: the same images
+Latency is noisy, so a slowdown fails only if the whole interval of the ratio is beyond the limit;
+the errors of two runs add in quadrature. If part of the interval is beyond it, the slowdown is
+undecided: it passes with a line that says so, or fails if `strict`. AP is exact: the same images
 and arithmetic give the same AP, so any drop beyond the limit fails.
 """
 
@@ -34,9 +33,9 @@ class Limits(Checked):
     max_ap_drop: Annotated[float, Meta(ge=0, le=100)] = 0.2
     """AP points (hundredths) that an AP may fall by: 0.2 allows 0.518 after 0.520."""
     strict: bool = False
-    """Undecided is failed."""
+    """Undecided slowdowns fail."""
     other_device: bool = False
-    """A baseline from another device, or other packages, is taken."""
+    """Accept a baseline from another device."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +61,16 @@ def check(
     *,
     paired: Mapping[tuple[str, int], Interval] | None = None,
 ) -> Verdict:
-    """Hold the results of a comparison against those of an earlier one.
+    """Compare results with those of an earlier comparison.
 
-    Every engine of the baseline (see `matched`) and each of its batch sizes is looked for; what the
-    results have beyond that is not judged.
+    Every engine of the baseline (see `matched`) must be there with each of its batch sizes; further
+    engines are not judged.
 
     Args:
         results, baseline: from `results.read_results` or `run.compare`.
         limits: how much may be lost.
-        paired: ratios of latencies, by engine and batch, that were measured side by side with the
-            baseline's own engines; they take the place of those of two runs.
+        paired: ratios of latencies by engine and batch from `run.side_by_side`, which replace those
+            of two runs.
 
     Raises:
         UserError: the baseline is of another data set or, unless allowed, of another device.
@@ -121,10 +120,10 @@ def check(
 
 
 def matched(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, str]:
-    """Return the engine of a comparison that each of a baseline's is, by their names.
+    """Return for each engine of a baseline the same engine of a comparison, by their names.
 
-    That of the same weights, precision, backend and size is the same whatever its file is called;
-    for the others, such as a checkpoint that was trained again, the name decides.
+    Equal weights, precision, backend and size make the same engine, whatever its file is called;
+    otherwise, as for a checkpoint that was trained again, the name decides.
     """
     own = [_identity(engine) for engine in results["engines"]]
     theirs = [_identity(engine) for engine in baseline["engines"]]
@@ -155,7 +154,7 @@ def _subject(name: str, before: str) -> str:
 def check_comparable(
     results: Mapping[str, Any], baseline: Mapping[str, Any], limits: Limits
 ) -> None:
-    """Refuse a baseline that says nothing about these results.
+    """Refuse a baseline that these results cannot be compared with.
 
     Raises:
         UserError: it is of another data set, other thresholds, or another device.
@@ -167,7 +166,7 @@ def check_comparable(
 
 
 def check_device(device: str, baseline: Mapping[str, Any]) -> None:
-    """Refuse a baseline without an engine on a device that is measured.
+    """Refuse a baseline without an engine on this device.
 
     Raises:
         UserError: it was measured elsewhere.
@@ -183,9 +182,9 @@ def check_device(device: str, baseline: Mapping[str, Any]) -> None:
 def check_basis(
     data: Mapping[str, Any], settings: Mapping[str, Any], baseline: Mapping[str, Any]
 ) -> None:
-    """Refuse a baseline whose AP is of something else; known before anything is measured.
+    """Refuse a baseline of other data or thresholds, before anything is measured.
 
-    Data and settings are those in the results: `measure.data_record` and `plan.settings_of`.
+    Data and settings are as in results: from `measure.data_record` and `plan.settings_of`.
 
     Raises:
         UserError: it is of another data set or other thresholds.
@@ -204,7 +203,7 @@ def check_basis(
 
 
 def format_verdict(verdict: Verdict) -> str:
-    """Return a verdict as text: a line a reason, then the outcome."""
+    """Return a verdict as text: a line for each reason, then the outcome."""
     lines = [
         *(f"failed: {text}" for text in verdict.failures),
         *(f"undecided: {text}" for text in verdict.undecided),

@@ -1,14 +1,14 @@
 """ONNX in, plan out: the builder of TensorRT and TensorRT-RTX.
 
-Networks are strongly typed: every tensor has the type the ONNX graph gives it, so half precision
-and quantization are decided in the graph and nowhere else. That is the only way in TensorRT 11 and
-in TensorRT-RTX. TensorRT 8 has no such networks: there the same graph is given in single precision,
-with builder flags and constraints that say what its types said (`weakly_typed`). TensorRT's own
-calibration, which ends with version 10, needs a weakly typed network too.
+Networks are strongly typed: every tensor has the type that the ONNX graph gives it, so the graph
+alone decides on half precision and quantization. TensorRT 11 and TensorRT-RTX have no other
+networks. TensorRT 8 has none of these: it gets the same graph in single precision, with builder
+flags and constraints instead of types (`weakly_typed`). TensorRT's own calibration, up to version
+10, needs a weakly typed network too.
 
-TF32, which TensorRT otherwise takes for float32 convolutions, is switched off: its 10-bit mantissa
-moves boxes by more than a pixel, as much as half precision does. TensorRT-RTX 1.6 takes it all the
-same (the environment variable NVIDIA_TF32_OVERRIDE=0 stops it, at run time).
+TF32, TensorRT's default for float32 convolutions, is off: its 10-bit mantissa moves boxes by more
+than a pixel, as much as half precision does. TensorRT-RTX 1.6 uses it nevertheless (the environment
+variable NVIDIA_TF32_OVERRIDE=0 prevents that at run time).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _LOG = logging.getLogger(__name__)
 _Level = Annotated[int, Meta(ge=0, le=5)]
 """TensorRT's optimization levels."""
 
-# How often each kernel is timed: trtexec's number. With one timing, TensorRT's default, YOLOv6-M
-# took 0.925 ms in INT8; with eight it takes 0.803 ms (one image, 8.6.0, H200).
+# Timings of each kernel, as in trtexec. With TensorRT's default of one, YOLOv6-M took 0.925 ms in
+# INT8, with eight 0.803 ms (one image, 8.6.0, H200).
 _TIMING_ITERATIONS = 8
 
 # One build at a time in a process: three threads that built with 8.6.0 finished nothing in six
@@ -57,7 +57,7 @@ _ONE_BUILD = threading.Lock()
 
 
 class _BuilderFailedError(UserError):
-    """The builder made no plan of a network that it took."""
+    """The builder accepted a network but made no plan of it."""
 
 
 def build_plan(
@@ -347,12 +347,12 @@ def _run_builder(
         ) as bar,
     ):
         monitor = None
-        if hasattr(flavour.api, "IProgressMonitor"):  # API: not tensorrt<10 (8 tells no progress)
+        if hasattr(flavour.api, "IProgressMonitor"):  # API: not tensorrt<10 (8 reports no progress)
             monitor = instance_of(ProgressMonitor, flavour.api.IProgressMonitor, bar)
             config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
         if monitor is not None:  # API: not tensorrt<10 (as above)
-            # The builder must not outlive what it reports to.
+            # The monitor must not be called after the build.
             config.progress_monitor = None
             if monitor.interrupted:
                 raise KeyboardInterrupt
@@ -366,7 +366,7 @@ def _run_builder(
 
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[TextIO]:
-    """Drop what the library itself writes to standard error; yield a way to the real one.
+    """Discard what the library writes to standard error; yield the real standard error.
 
     TensorRT-RTX 1.7 prints two lines for every INT8 convolution, past its logger.
     """
@@ -399,13 +399,13 @@ class _Phase:
     done: int = 0
 
 
-class ProgressMonitor(IProgressMonitor):  # API: not tensorrt<10 (8 tells no progress)
+class ProgressMonitor(IProgressMonitor):  # API: not tensorrt<10 (8 reports no progress)
     """Shows the builder's nested phases on one bar of 100."""
 
     def __init__(self, bar: tqdm[NoReturn]) -> None:
         self._bar = bar
         self.interrupted = False
-        """Ctrl-C was pressed. TensorRT swallows exceptions of its callbacks, so it is kept."""
+        """Ctrl-C was pressed: TensorRT swallows exceptions of its callbacks."""
         self._phases: dict[str, _Phase] = {}
         self._lock = threading.Lock()  # TensorRT reports from several threads
 
