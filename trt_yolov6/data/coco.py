@@ -35,7 +35,7 @@ Kind = Literal[
 """Kinds of findings. All but `clipped` are problems; a clipped box is only noted."""
 
 TOLERATED: tuple[Kind, ...] = ("empty-box", "outside", "duplicate")
-"""Problems of objects that count in an evaluation nevertheless, as pycocotools has it."""
+"""Problems of objects that still count in an evaluation, as in pycocotools."""
 
 OVERHANG = 0.01
 """Pixels a box may reach beyond its image unmentioned: rounding in the annotation file."""
@@ -70,7 +70,7 @@ class CocoDataset:
     annotations: tuple[Mapping[str, Any], ...] = field(repr=False)
     """Boxes as pycocotools wants them: id (from 1), image_id, category_id, bbox, area, iscrowd."""
     notes: tuple[str, ...] = ()
-    """Notes for the reader of an AP on it."""
+    """Notes to report with an AP on it."""
 
     @property
     def class_indices(self) -> dict[int, int]:
@@ -113,7 +113,7 @@ class Problem:
     """One thing that is wrong with a data set."""
 
     image: str | None
-    """File name of the image, as the annotation file has it; None: there is no such image."""
+    """File name in the annotation file; None: there is no such image."""
     kind: Kind
     """Kind of the problem."""
     sentence: str
@@ -143,7 +143,7 @@ class DataReport:
 
 @dataclass(frozen=True)
 class AnnotatedSplit:
-    """A split as it was found: what can be used of it, and what is wrong with the rest."""
+    """A split: its usable images and annotations, and a report on the rest."""
 
     dataset: CocoDataset
     """Images whose file exists and whose size is recorded, and their well-formed annotations."""
@@ -412,7 +412,7 @@ class _Judge:
         if min(width, height) < 0:
             return "malformed", f"{fault}, whose sides are negative"
         image = self.images.get(record.id)
-        if image is None:  # a problem by itself
+        if image is None:  # reported as a problem of the image
             return None, ""
         area = _float(number(entry.get("area")))
         self.annotations.append(
@@ -421,7 +421,7 @@ class _Judge:
                 "image_id": record.id,
                 "category_id": category.id,
                 "bbox": box,
-                # Below 0, as some tools write for none, pycocotools would pass over the object.
+                # Some tools write -1 for no area, with which pycocotools would ignore the object.
                 "area": area if 0 <= area < math.inf else box[2] * box[3],
                 "iscrowd": int(is_crowd),
             }

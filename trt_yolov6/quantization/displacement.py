@@ -1,10 +1,10 @@
 """Displacement by quantization of the float network's confident boxes and scores.
 
-Agreement counts matches, so that a small change shows in some images only. Movements of the anchors
-that the float network gives a score are sums over thousands of values: they tell two quantized
-graphs apart, and what each layer does to the detections, from a few images. A layer's own
-signal-to-noise ratio does not: two of YOLOX-Nano's hundred layers make 70 % of the movement, and
-neither is among its noisiest.
+Agreement counts matches, so a small change shows only in some images. The mean movement of
+confident anchors is over thousands of values: from a few images, it distinguishes two quantized
+graphs, and shows each layer's effect on the detections. A layer's own signal-to-noise ratio does
+not: two of YOLOX-Nano's hundred layers cause 70 % of the movement, and neither is among its
+noisiest.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from trt_yolov6.detectors.overlap import iou
 from trt_yolov6.graph.model import Graph
 
 SEEN = 0.2
-"""Score of the float network from which on an anchor is watched."""
+"""Least score in the float network of a watched anchor."""
 
 _FEWEST_ANCHORS = 3
-"""Anchors watched in an image without such scores: its best."""
-
+"""Number of the best anchors that are watched in an image without such scores."""
 
 _Watched = tuple["NDArray[np.intp]", "NDArray[np.float64]", "NDArray[np.float64]"]
-"""Places, boxes and scores of an image's confident anchors."""
+"""Indices, boxes and scores of an image's watched anchors."""
 
 
 class Displacement:

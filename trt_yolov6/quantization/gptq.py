@@ -1,15 +1,15 @@
 """Adaptive rounding: choose INT8 weights so that the layer's output, not the weight, is nearest.
 
-Rounding every weight to the nearest level ignores that errors of weights which read correlated
-inputs add up or cancel. AdaRound (Nagel et al. 2020, "Up or down?", equation 21) learns for each
-weight whether to round up or down, by thousands of gradient steps a layer. The same layer-wise
-objective is a quadratic form in the weights' errors, with the inputs' second moments as its matrix,
-and can be solved greedily in closed form: round one column of weights, spread its error optimally
-over those still free, go on with the next (Frantar et al. 2023, "GPTQ", section 3). That takes
-seconds, needs no learning rate, is not bound to the two nearest levels, and gives the same bytes
-each time, so it is what is done here.
+Rounding every weight to the nearest level ignores that errors of weights with correlated inputs add
+up or cancel. AdaRound (Nagel et al. 2020, "Up or down?", equation 21) learns for each weight
+whether to round up or down, in thousands of gradient steps per layer. The same layer-wise objective
+is a quadratic form in the weights' errors, with the inputs' second moments as its matrix, and can
+be solved greedily in closed form, as here: round one column of weights, compensate its error
+optimally in the columns still free, continue with the next (Frantar et al. 2023, "GPTQ", section
+3). That takes seconds, needs no learning rate, is not limited to the two nearest levels, and is
+deterministic.
 
-The matrix is the inputs' covariance: what a layer's mean output moves, its bias takes back.
+The matrix is the inputs' covariance, since the bias compensates shifts of a layer's mean output.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trt_yolov6.quantization.bias_correction import layers_of_both, shift_bias
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 from trt_yolov6.quantization.types import INT8
 
-# Output positions of one image whose inputs count, for one layer.
+# Output positions of an image that are sampled for one layer.
 _POSITIONS = 1024
 
 # Positions whose products of codes add up to less than 2^24.
@@ -47,18 +47,18 @@ _TRIANGLE_ROWS = 192
 # Added to the diagonal of the covariance, as a part of its mean: GPTQ's damping.
 _DAMPING = 0.01
 
-# Columns rounded before their errors are spread over all that follow.
+# Columns rounded before their errors are compensated in all columns that follow.
 _BLOCK = 64
 
 # Memory for the sums of products of the layers that one pass over the images serves. YOLOv6-N's
 # take 103 MiB; S needs three passes.
 _SUMS_BYTES = 160 << 20
 
-# Rows of so few weights, those of 3x3 depthwise convolutions, get the scale that suits rounding
-# best. It halves the error; of 16 to 96 weights it takes a tenth to a fifth away.
+# Rows of at most this many weights (3x3 depthwise convolutions) get the scale that suits rounding
+# best, which halves the error; with 16 to 96 weights it would save a tenth to a fifth.
 _SHORT_ROW = 9
 
-# Parts of the scale that the largest weight asks for; of equal ones the first is taken.
+# Candidate scales, relative to that of the largest weight; the first of equal ones is taken.
 _SCALES = np.concatenate([[1.0], np.linspace(0.8, 1.1, 31)])
 
 
@@ -73,8 +73,7 @@ def adapt_rounding(
     Args:
         float_model: the float32 graph that was quantized, after equalization.
         quantized_model: made from it by `insert_qdq`, tensors called as there; it is not changed.
-        images: a few dozen inputs of the graph. There is a pass over them for each 160 MiB of
-            sums of products.
+        images: a few dozen inputs of the graph, with one pass over them for each `_SUMS_BYTES`.
     """
     result = copy.deepcopy(quantized_model)
     stored = constants_of(result)

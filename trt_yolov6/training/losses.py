@@ -30,13 +30,13 @@ BoxLoss = Literal["siou", "giou", "ciou"]
 Assigner = Literal["tal", "atss", "simota"]
 
 LEAST_AN_IMAGE = 0.25
-"""Least that losses are divided by, for every image of the batch: less than one object found
-halfway. Without it, batches of few objects or none would blow up."""
+"""Least normalizer of the losses, per image of the batch: a sum of soft targets below that of one
+object. Without it, batches with few objects or none would give huge losses."""
 
 
 @dataclass(frozen=True)
 class LossSettings(Checked):
-    """Which losses, weighed how; every value is a plain name or number, so JSON holds it.
+    """Choice and weights of the losses; every value is a name or number, as JSON needs.
 
     Raises:
         UserError: an unknown name, or a negative weight or number of epochs.
@@ -47,7 +47,7 @@ class LossSettings(Checked):
     use_dfl: bool = False
     """Distribution focal loss; needs an architecture with `reg_max`."""
     objectness: bool = False
-    """Objectness loss (paper, Table 11); needs the `offset` head, which cannot do without."""
+    """Objectness loss (paper, Table 11); needs the `offset` head, which in turn needs it."""
     assigner: Assigner = "tal"
     warmup_assigner: Assigner = "atss"
     warmup_epochs: Annotated[int, Meta(ge=0)] = 4
@@ -62,10 +62,10 @@ class LossSettings(Checked):
 
 @dataclass(frozen=True)
 class DistillationSettings(Checked):
-    """Self-distillation (paper, 2.4.2): how the student is held to the teacher.
+    """Self-distillation (paper, 2.4.2): how the student learns from the teacher.
 
-    The classes are independent sigmoids, so theirs is the Kullback-Leibler divergence of each
-    class's own yes or no: it counts with one class too, and as much as `distilled_share` says. Box
+    The classes are independent sigmoids, so each contributes the Kullback-Leibler divergence of two
+    Bernoulli distributions, weighted by `distilled_share`; it works for one class, too. Box
     distributions are compared where there is an object.
 
     Raises:
@@ -75,9 +75,9 @@ class DistillationSettings(Checked):
     epochs: Count
     """Length of the training, over which the weight decays."""
     class_weight: NotNegative = 1.0
-    """Beside `LossSettings.class_weight`, by which it is multiplied."""
+    """Factor on `LossSettings.class_weight`."""
     box_weight: NotNegative = 1.0
-    """Beside `LossSettings.dfl_weight`, by which it is multiplied."""
+    """Factor on `LossSettings.dfl_weight`."""
     class_temperature: Positive = 1.0
     """Divides the class logits."""
     box_temperature: Positive = 20.0
@@ -101,7 +101,7 @@ def default_losses(arch: Architecture) -> LossSettings:
     VariFocal loss; SIoU for N and T, GIoU for all others; DFL where the head predicts
     distributions; objectness where the head has it.
     """
-    # By its name, so that N from random weights is an N with another activation, say, as well.
+    # By name, so that an N with another activation, for example, still counts as N.
     is_small = arch.name.startswith(("yolov6n", "yolov6t"))
     return LossSettings(
         box="siou" if is_small else "giou",
@@ -132,7 +132,7 @@ def detection_loss(
     """Return the loss of a batch.
 
     Every part is a sum over the batch divided by the sum of the soft targets (objectness: by the
-    number of foreground anchors), which counts for `LEAST_AN_IMAGE` an image at least.
+    number of foreground anchors), but at least by `LEAST_AN_IMAGE` per image.
 
     Args:
         levels: as `YOLOv6.raw` returns them, of any float dtype: a stride, class logits (batch,
@@ -141,14 +141,13 @@ def detection_loss(
         arch: the network they come from.
         targets: the batch's objects, on the same device.
         settings: which losses, see `check_losses`.
-        epoch: from 0; says which assigner is at work and how far distillation has decayed.
+        epoch: from 0; decides the assigner and the decay of distillation.
         teacher_levels: the teacher's output for the same images, of the same shapes.
-        distillation: how to hold the student to the teacher, if there is one. Classes always,
-            boxes where the head predicts distributions.
-        reduce_mean: gives the elementwise mean over all processes of a float32 (3,) tensor;
-            called once. Losses are sums divided by what it returns; so, as DistributedDataParallel
-            averages gradients, they are those of one process with all the images. None: one
-            process.
+        distillation: settings for a teacher: of classes always, of boxes where the head predicts
+            distributions.
+        reduce_mean: returns the elementwise mean over all processes of a float32 (3,) tensor;
+            called once. With these normalizers, the gradients that DistributedDataParallel
+            averages are those of one process with all the images. None: one process.
     """
     with torch.autocast(levels[0][0].device.type, enabled=False):
         levels = [tuple(_wide(part) for part in level) for level in levels]
@@ -241,8 +240,8 @@ def poly_loss(logits: Tensor, positive: Tensor, *, epsilon: float) -> Tensor:
     """Return poly-1 focal loss (Leng et al., 2022), elementwise.
 
     Focal loss (Lin et al., 2017), -α (1 - p)² log p, plus α ε (1 - p)³: the first term of its
-    expansion, weighed up by ε. p is the probability of what is true, and α is 0.25 for positives,
-    0.75 for negatives.
+    expansion with additional weight ε. p is the probability of the true outcome; α is 0.25 for
+    positives, 0.75 for negatives.
     """
     wrong = torch.where(positive, -logits, logits)
     missing = torch.sigmoid(wrong)
@@ -268,8 +267,8 @@ def distribution_focal_loss(regression: Tensor, distances: Tensor, reg_max: int)
     Args:
         regression: float (batch, 4 * (reg_max + 1), anchors), logits of the bins, those of one
             side together.
-        distances: float (batch, 4, anchors), left, top, right, bottom in strides; taken for the
-            nearest of 0..reg_max where outside.
+        distances: float (batch, 4, anchors), left, top, right, bottom in strides; clipped to
+            0..reg_max.
         reg_max: largest bin.
 
     Returns:
@@ -293,11 +292,12 @@ def class_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Te
 
 
 def distilled_share(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return how much the divergence of each class counts: what VariFocal loss weighs labels by.
+    """Return the weight of each class's divergence, as VariFocal loss weights labels.
 
-    max(p_t, 0.75 p_s²): the quality, as the teacher sees it, where there is an object, else what
-    the student gets wrong. With all anchors alike, the many that are background pulled 6 to 25
-    times as hard as the labels did, and trainings of L ended far below their teacher or diverged.
+    max(p_t, 0.75 p_s²): where there is an object its quality according to the teacher, elsewhere
+    the student's error. With equal weights, gradients of the many background anchors were 6 to 25
+    times as large as those of the labels, and trainings of L ended far below their teacher or
+    diverged.
     """
     return torch.maximum(torch.sigmoid(teacher), 0.75 * torch.sigmoid(student).square())
 
@@ -323,7 +323,7 @@ def assigned(
     arch: Architecture,
     assigner: Assigner,
 ) -> Assignment:
-    """Return the labels of all anchors by the assigner of a name; see `assigners`."""
+    """Return the labels of all anchors by a named assigner, see `assigners`."""
     if assigner == "tal":
         return task_aligned(scores, boxes, points, targets)
     if assigner == "atss":
