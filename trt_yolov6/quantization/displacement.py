@@ -47,8 +47,9 @@ class Displacement:
         self._batches.append([_watched(one) for one in self._anchors(outputs, images)])
 
     def moved(self, batch: int, outputs: Outputs) -> NDArray[np.float64]:
-        """Return for each watched anchor 1 - IoU with the float box, plus the largest change of a
-        class's score; from 0 (nothing moves) to 2.
+        """Return how far each watched anchor has moved, from 0 to 2.
+
+        That is 1 - IoU with the float box plus the largest change of a class's score.
 
         Args:
             batch: index among those watched.

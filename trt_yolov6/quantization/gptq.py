@@ -125,8 +125,10 @@ class _Job:
 
     @property
     def bytes(self) -> int:
-        """Memory for the sums and the sums of products, at most: how many positions there are, and
-        so whether `_Overlaps` adds them up, only an image shows."""
+        """Upper bound of the memory for the sums and the sums of products.
+
+        Only an image shows whether `_Overlaps` is used.
+        """
         starts = range(0, self.columns, _TRIANGLE_ROWS)
         values = sum(min(_TRIANGLE_ROWS, self.columns - s) * (self.columns - s) for s in starts)
         found = self._groups * (values + self.columns) * (4 if self._reads_codes else 8)
@@ -201,8 +203,7 @@ class _Job:
     def rounded(
         self,
     ) -> tuple[NDArray[np.int8], NDArray[np.floating[Any]] | None, NDArray[np.float64]]:
-        """Return the levels of the weights, their scale if it is another one, and by how much they
-        move the mean output."""
+        """Return the levels, the scale if it is a new one, and the shift of the mean output."""
         mean, covariance = self._moments()
         rows = torch.from_numpy(self._to_rows(self._weight).astype(np.float64))
         spread = np.broadcast_to(self.layer.scale, self._weight.shape)

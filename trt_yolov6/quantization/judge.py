@@ -206,8 +206,10 @@ class Judge:
         return self._judged(model)[0]
 
     def loss(self, model: onnx.ModelProto) -> float:
-        """Return how far a graph is from the float one, 0 or more: the mean displacement of its
-        confident anchors or, with NMS inside, what is missing of the agreement; cached."""
+        """Return a graph's distance from the float one, 0 or more; cached.
+
+        It is the mean displacement of confident anchors or, with NMS inside, 1 - agreement.
+        """
         return self._judged(model)[1]
 
     def _judged(self, model: onnx.ModelProto) -> tuple[list[Detections], float]:
@@ -254,8 +256,10 @@ def pooled_agreement(judged: Judged, confidences: Sequence[float] = CONFIDENCES)
 
 
 def likely_agreement(judged: Judged) -> float:
-    """Return the agreement, from the highest of `CONFIDENCES` on, that other images would show in
-    nine of ten cases: the lower end of an interval, as images that judge are few."""
+    """Return the agreement that other images would reach in nine of ten cases.
+
+    It is the lower end of an interval, with the highest of `CONFIDENCES`.
+    """
     return pooled_interval(judged, CONFIDENCES[-1:], SURE).low
 
 

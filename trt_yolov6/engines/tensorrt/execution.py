@@ -252,8 +252,7 @@ class ExecutionSlot:
         return {output.name: self._result(output) for output in self._shared.outputs}
 
     def profile(self, images: NDArray[Any], runs: int) -> dict[str, list[float]]:
-        """Run a resident batch several times; return the seconds of each layer in each run, by
-        name.
+        """Run a resident batch several times; return each layer's seconds, one a run, by name.
 
         Layers are timed one by one, so their sum exceeds the time of a run.
         """

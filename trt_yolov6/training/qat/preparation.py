@@ -77,17 +77,17 @@ def prepare_graph(
     """Calibrate a graph, to be trained quantized.
 
     Args:
-        graph: that `export_onnx` made of a network of `arch`, in the form that is to come out.
-        arch: of the network.
+        graph: graph that `export_onnx` made of a network of `arch`.
+        arch: the network's architecture.
         calib: folder of calibration images.
         quantization: calibrator, equalization and float layers, as for `quantize`. Biases are not
             corrected: training does that.
-        bits: of weights and activations, 2 to 8. Below 8 there is no export; the first and last
-            layers keep 8 then (LSQ, Section 3).
-        score: for automatic float layers, see `quantize`.
+        bits: bits of weights and activations, 2 to 8. With fewer than 8, which cannot be exported,
+            the first and last layers keep 8 (LSQ, Section 3).
+        score: see `quantize`.
 
     Raises:
-        UserError: see `quantize`, or a setting is not for training.
+        UserError: see `quantize`, or training does not support a setting.
     """
     if not NARROWEST <= bits <= WIDEST:
         raise UserError(f"`bits` {bits} is out of range; give {NARROWEST} to {WIDEST}.")
@@ -100,7 +100,7 @@ def prepare_graph(
             "takes fp16)."
         )
     settings = dataclasses.replace(settings, bias_correction=False, reconstruct=False)
-    # What training will not know is found out before a minute of calibration.
+    # Refuses operators that training does not support, before a minute of calibration.
     GraphNetwork(graph.model, arch)
     result = quantize(graph, calib, settings, score=score)
     layers = result.placement.layers
@@ -123,7 +123,7 @@ def prepare_graph(
 
 
 def _ends(model: onnx.ModelProto, placement: Placement) -> tuple[set[str], set[str]]:
-    """Return the layers that read the image or make predictions, and what only they read."""
+    """Return the layers that read the image or make predictions, and the tensors only they read."""
     names, graph = layer_names(model), GraphIndex(model)
     layers, tensors, others = set(), set[str](), set[str]()
     for node in graph.nodes:
