@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trt_yolov6.training.trainer import TrainResult
 
 AnyDetector: TypeAlias = "Detector | Engine | str | os.PathLike[str]"
-"""A loaded detector, its engine, or an engine file (a path, or what `build` returns), which is
+"""A loaded detector, its engine, or the path of an engine file, such as what `build` returns: it is
 loaded for the call only."""
 
 

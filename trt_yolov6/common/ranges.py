@@ -92,7 +92,7 @@ def fitting(value: Any, kind: Any, subject: str, *, strict: bool = True) -> Any:
     try:
         return msgspec.convert(plain(value), kind, strict=strict)
     except msgspec.ValidationError as error:
-        raise UserError(f"{subject} must be {_expected(kind, str(error))}, got {value}.") from error
+        raise UserError(f"{subject} must be {_wanted(kind, str(error))}, got {value}.") from error
 
 
 @functools.cache
@@ -100,7 +100,7 @@ def _annotations(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 
-def _expected(kind: Any, message: str) -> str:
+def _wanted(kind: Any, message: str) -> str:
     """Return in words what was expected, from the annotation or msgspec's message."""
     for part in (kind, *typing.get_args(kind)):
         if typing.get_origin(part) is Literal:

@@ -31,7 +31,7 @@ from trt_yolov6.quantization.resampling import interval, matched
 _log = logging.getLogger(__name__)
 
 FLOAT = ("fp32", "fp16")
-"""Precisions to compare a quantized engine with; the first that exists is used."""
+"""Precisions that a quantized engine is held against, the first one there is."""
 
 
 def packed(found: Sequence[Detections]) -> str:

@@ -20,18 +20,18 @@ from trt_yolov6.common.statistics import Interval, prediction_interval
 from trt_yolov6.engines.base import Engine, check_batch
 
 FEWEST_ROUNDS = 3
-"""Least rounds with undisturbed runs (and at least half of all) for only these to count."""
+"""Rounds with undisturbed runs, and half of all, before only these count."""
 
 CPU_DRIFT, GPU_DRIFT = 0.05, 0.01
-"""Least relative half width of a latency's interval, for drift that a run of a minute does not see:
-on a shared host's virtual machine, the sample took 49.3 ms in some minutes and 53.9 ms in others,
-with nothing else running and at the same clock. The GPU's is a guess so far."""
+"""Least relative half width of a latency's interval, for what a run of a minute may not see: on a
+virtual machine whose host others use, too, the sample took 49.3 ms in some minutes and 53.9 ms in
+others, with nothing else running and the clock the same. That of GPUs is a guess so far."""
 
 _PATIENCE = 2.0
 """Factor by which a round without an undisturbed run is extended at most."""
 
 _UNCOUNTED = 2
-"""Uncounted runs after loading: the first allocates, the second fills caches."""
+"""Runs after loading that are not counted: the first allocates, the second fills caches."""
 
 Load = Callable[[], Engine]
 

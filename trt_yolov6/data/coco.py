@@ -35,7 +35,7 @@ Kind = Literal[
 """Kinds of findings. All but `clipped` are problems; a clipped box is only noted."""
 
 TOLERATED: tuple[Kind, ...] = ("empty-box", "outside", "duplicate")
-"""Problems of objects that still count in an evaluation, as in pycocotools."""
+"""Problems of objects that count in an evaluation nevertheless, as pycocotools has it."""
 
 OVERHANG = 0.01
 """Pixels a box may reach beyond its image unmentioned: rounding in the annotation file."""

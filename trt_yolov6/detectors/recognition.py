@@ -249,7 +249,7 @@ def _layouts_of_one(spec: TensorSpec, facts: GraphFacts) -> list[OutputLayout]:
 _NMS_INSIDE = {name for name, layout in LAYOUTS.items() if layout.nms_inside}
 
 _MOST_FOUND = 1000
-"""Most boxes of an image from a graph with NMS inside; a head has more anchors."""
+"""Boxes of an image that a graph with NMS inside gives at most; a head has more anchors."""
 
 
 def _anchor_counts(size: tuple[int, int] | None, *each: int) -> set[int]:

@@ -94,15 +94,15 @@ class LoadOptions:
     cuda_graph: bool = True
     """TensorRT: launch a run as one CUDA graph instead of kernel by kernel."""
     decoder: str | None = None
-    """Family of a detector without a manifest (see `detectors.families`); None: recognized."""
+    """Family of a detector without a manifest (see `detectors.families`); None finds out."""
     preprocess: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Changes to the preprocessing: fields of `Preprocessing` by name."""
+    """Changes to how images are prepared: fields of `Preprocessing` by name."""
     gpu: int = 0
     """Number of the GPU for ONNX Runtime's providers. TensorRT takes CUDA's current one."""
 
 
 Found: TypeAlias = "dict[str, NDArray[Any]] | Candidates | Suppressed"
-"""Outputs by name, or what filtering or suppression on the GPU has left of them."""
+"""Outputs by name, or what is left of them."""
 
 
 class Run(abc.ABC):

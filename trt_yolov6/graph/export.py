@@ -335,8 +335,8 @@ def _anchors(
 
 
 _DFL_LIMIT = 80.0
-"""Limit that DFL's logits are clipped to: 16 times the sum of 17 of its exponentials is 1.5e37,
-which float32 still holds."""
+"""Largest size of a logit that DFL tells apart: the sum of 17 exponentials of it, times 16, is
+1.5e37, which float32 still holds."""
 
 _BOXES = {
     # Strides and signs of distances are folded into the weights.
@@ -369,7 +369,7 @@ _SCORES_OF_OBJECTS = """
     objectness = Sigmoid (obj)
     scores = Mul (classes, objectness)
 """
-# Each row of `selected` is batch, class, box, and so indexes the scores directly.
+# Each row of `selected` is batch, class, box: it indexes the scores as it stands.
 _NMS = """
     by_class = Transpose <perm = [0, 2, 1]> (scores)
     selected = NonMaxSuppression (boxes, by_class, max_per_class, iou_threshold, score_threshold)
@@ -382,7 +382,7 @@ _NMS = """
     class_column = Gather <axis = 1> (index_floats, last_axis)
     detections = Concat <axis = 1> (batch_column, kept, score_column, class_column)
 """
-# TensorRT requires the cast of a uint8 input to come first.
+# TensorRT wants a uint8 input cast before anything else is done with it.
 _NORMALIZATION = """
     cast = Cast <to = 1> (images)
     planar = Transpose <perm = [0, 3, 1, 2]> (cast)

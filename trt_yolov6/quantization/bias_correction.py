@@ -33,7 +33,7 @@ from trt_yolov6.quantization.collect import collect
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 
 _PARTS = 256
-"""Steps to which a layer's mean errors are rounded, relative to the largest."""
+"""Steps that the largest mean error of a layer is counted in."""
 
 
 def without_mean_rounding(

@@ -35,8 +35,8 @@ this one cannot divide by zero, not even in half precision."""
 
 _ENTROPY_LEVELS = 128
 
-# Values beyond a channel's range in an image that exceeds it: two to five in most of 200 tensors of
-# four networks, with maps from 10 to 320 values wide.
+# Values of a channel that lie beyond its range in an image that goes beyond it. Of 200 tensors of
+# four networks, of maps from 10 to 320 values wide, it was two to five in most.
 _BEYOND = 4
 
 # How many times as wide as min-max a range with a margin may be, and the steps that are tried.

@@ -19,13 +19,13 @@ from trt_yolov6.detectors.overlap import iou
 from trt_yolov6.graph.model import Graph
 
 SEEN = 0.2
-"""Least score in the float network of a watched anchor."""
+"""Score of the float network from which on an anchor is watched."""
 
 _FEWEST_ANCHORS = 3
-"""Number of the best anchors that are watched in an image without such scores."""
+"""Anchors watched in an image without such scores: its best."""
 
 _Watched = tuple["NDArray[np.intp]", "NDArray[np.float64]", "NDArray[np.float64]"]
-"""Indices, boxes and scores of an image's watched anchors."""
+"""Places, boxes and scores of an image's confident anchors."""
 
 
 class Displacement:

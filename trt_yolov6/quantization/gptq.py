@@ -35,7 +35,7 @@ from trt_yolov6.quantization.bias_correction import layers_of_both, shift_bias
 from trt_yolov6.quantization.qdq.integer_arithmetic import with_integer_convolutions
 from trt_yolov6.quantization.types import INT8
 
-# Output positions of an image that are sampled for one layer.
+# Output positions of one image whose inputs count, for one layer.
 _POSITIONS = 1024
 
 # Positions whose products of codes add up to less than 2^24.
@@ -47,18 +47,18 @@ _TRIANGLE_ROWS = 192
 # Added to the diagonal of the covariance, as a part of its mean: GPTQ's damping.
 _DAMPING = 0.01
 
-# Columns rounded before their errors are compensated in all columns that follow.
+# Columns rounded before their errors are spread over all that follow.
 _BLOCK = 64
 
 # Memory for the sums of products of the layers that one pass over the images serves. YOLOv6-N's
 # take 103 MiB; S needs three passes.
 _SUMS_BYTES = 160 << 20
 
-# Rows of at most this many weights (3x3 depthwise convolutions) get the scale that suits rounding
-# best, which halves the error; with 16 to 96 weights it would save a tenth to a fifth.
+# Rows of so few weights, those of 3x3 depthwise convolutions, get the scale that suits rounding
+# best. It halves the error; of 16 to 96 weights it takes a tenth to a fifth away.
 _SHORT_ROW = 9
 
-# Candidate scales, relative to that of the largest weight; the first of equal ones is taken.
+# Parts of the scale that the largest weight asks for; of equal ones the first is taken.
 _SCALES = np.concatenate([[1.0], np.linspace(0.8, 1.1, 31)])
 
 

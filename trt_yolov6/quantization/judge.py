@@ -30,29 +30,29 @@ from trt_yolov6.quantization.resampling import MatchedDetections, interval, matc
 from trt_yolov6.spec import NmsSettings, OutputLayout
 
 CONFIDENCES = (0.1, 0.2, 0.3)
-"""Least scores of a float detection that counts as true; a mean over several varies less by chance
-than one."""
+"""Scores from which on a float detection counts as true; the mean over several of them varies less
+by chance than one."""
 
 HARMLESS_NOISE = 2.0
-"""Standard deviation, in gray levels of 255, of noise that any camera has.
+"""Standard deviation, in gray levels of 255, of noise as any camera has it.
 
 Agreement depends on the data as well: the sample in INT8 loses no AP at 0.909, YOLOv6Lite-L one
-point of 35 at 0.915. The float networks' agreement with themselves on noisy images ranks the two
-alike; on images moved by a pixel it ranks them the other way round."""
+point of 35 at 0.915. Their float networks' agreement with themselves tells them apart with noise;
+images moved by a pixel would rank them the other way round."""
 
 SURE = 0.8
-"""Confidence of the interval whose lower end a claim has to pass, so that it holds in nine of ten
-cases: that gradients have gained something, that a budget is met."""
+"""Confidence of the interval whose lower end counts where a claim has to hold in nine of ten cases:
+that gradients have brought something, that a budget is met."""
 
 _RESAMPLES = 200
 """Bootstrap resamples of the built graph's interval, which is printed with two digits."""
 
 FEWEST_TO_PART = 16
-"""Least images to keep half of them for judging. Fewer make two folds: each half judges what the
-other one made, and the built graph is made from all."""
+"""Images from which on half of them only judge. Fewer are parted in two folds: each half judges
+what the other one made, and what is built is then made from all."""
 
 FEWEST_TO_FOLD = 4
-"""Least images for folds. With fewer, all calibrate and all judge."""
+"""Images from which on there are folds. Of fewer, all calibrate and all judge."""
 
 
 @dataclass(frozen=True)

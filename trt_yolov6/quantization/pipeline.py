@@ -61,7 +61,7 @@ from trt_yolov6.quantization.types import INT8
 _log = logging.getLogger(__name__)
 
 _PLACEMENT = 2
-"""Version of `qdq.placement`. Raise it with a change there: older tables lack some ranges."""
+"""To be raised with a change of `placement`: tables lack the ranges of tensors new to it."""
 
 
 @dataclass(frozen=True)

@@ -38,18 +38,18 @@ _log = logging.getLogger(__name__)
 
 RANGE_BITS = 11
 """Significant bits of a range. Float sums differ in their last bits from processor to processor;
-ranges rounded up to this, and all that follows from them, hardly ever do. It widens none by more
-than 0.1 %."""
+the ranges made of them, and all that follows, hardly ever do when rounded up so, and none is wider
+by more than 0.1 %."""
 
 FEWEST_IMAGES, MOST_IMAGES = 16, 64
-"""Limits of how many images candidates are compared on, evenly spaced among those that judge: the
-lighter the network the more, since few images agree by chance."""
+"""Images that candidates are compared on, spread evenly over those that judge: the lighter the
+network the more, since few images agree by chance."""
 
 _COMPARISON = 100e9
 """Multiply-adds spent on comparing one candidate, within those limits."""
 
 _MUCH = 0.25
-"""Least ratio of shifted tensors to convolutions for the shifted form to count as another one."""
+"""Part of the convolutions from which on shifted tensors make a form of its own."""
 
 
 @dataclass(frozen=True)

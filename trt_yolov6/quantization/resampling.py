@@ -157,7 +157,7 @@ def match(
     rows = np.arange(len(thresholds))
     for index in np.flatnonzero(overlaps.max(axis=1) >= least.min()):
         left = np.where(to_detection < 0, overlaps[index], -1.0)
-        # COCO takes the last of several with the same overlap.
+        # Of several with the same overlap the last one is taken.
         best = objects - 1 - left[:, ::-1].argmax(axis=1)
         hit = left[rows, best] >= least
         to_object[hit, index] = best[hit]

@@ -78,21 +78,21 @@ from trt_yolov6.quantization.weights import DESCRIPTIONS, WeightTuning, weight_c
 _log = logging.getLogger(__name__)
 
 CLEAR_GAIN = 0.1
-"""Share of the loss that changed weights have to remove; so has another calibrator than the first
-and, for FP8, rescaled channels. Less may be chance."""
+"""Part of the loss that changed weights have to take away, or another calibrator than the first, or
+for FP8 rescaled channels: less may be chance."""
 
 TOLERANCE = 0.05
-"""Share by which a simpler candidate's loss may exceed the best's."""
+"""A simpler candidate is kept where it loses more than the best by at most this part."""
 
 _LEAST_GAIN = 0.01
-"""Agreement that float layers have to gain where they do not meet a budget."""
+"""Agreement that float layers have to bring where a budget is not met."""
 
 _NEAR_FORM = 0.5
-"""Share by which the loss of another form of the graph may exceed the best one's to be searched as
-well."""
+"""Part of the loss by which another form of the graph may exceed the best one's and is still looked
+at closely."""
 
 _WATCHED_IMAGES = 6
-"""Images in which each layer's effect on detections is measured: some thousand anchors."""
+"""Images in which each layer's effect on detections is looked at: some thousand anchors."""
 
 _MOST_SETS, _MORE_SETS = 40, 16
 """Sets of float layers that are tried, at first and after ranges or weights have changed."""

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 Opened = Jpeg | NDArray[np.uint8]
-"""An encoded JPEG, or uint8 (height, width, 3) RGB."""
+"""A JPEG as it is, or uint8 (height, width, 3) RGB."""
 
 _A_TASK = 8
-"""Files that one task reads where the GPU decodes most of them."""
+"""Files that are read one after the other where the GPU decodes most of them."""
 
 
 @dataclass(frozen=True)

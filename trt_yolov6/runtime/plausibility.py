@@ -21,10 +21,10 @@ _SLACK = 0.01
 """Tolerance of scores outside 0..1: half precision rounds."""
 
 _EVERY = 0.99
-"""Share of anchors above the threshold that counts as every anchor."""
+"""The share of anchors above the threshold from which it is called every one."""
 
 _LOWEST = NmsSettings().confidence
-"""Lowest threshold for that check: below it any anchor may pass."""
+"""The threshold that is taken where a lower one is asked for, at which any anchor may pass."""
 
 
 def check_outputs(

@@ -41,7 +41,7 @@ _Found = TypeVar("_Found")
 DEFAULT_BATCH = 8
 
 SHOWN_CONFIDENCE = 0.4
-"""Default confidence of `predict` and `infer`; evaluation needs a lower one."""
+"""Threshold of what is shown or handed out; evaluation takes all that COCO's measure asks for."""
 
 
 @dataclass(frozen=True)

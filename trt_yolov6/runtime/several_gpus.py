@@ -36,12 +36,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _AHEAD = 32
-"""Batches a GPU may be ahead of the next one to yield: more than a process works on and asks for,
-so GPUs hardly wait for each other."""
+"""Batches a GPU may be ahead of the one whose results come next: more than a process has at work
+and asks for, so that GPUs hardly wait for each other."""
 _ASKED = 4
-"""Batches that a process asks for at a time, while it still has as many, so that it never waits."""
+"""Batches that a process asks for at a time, while it still has as many: it does not wait for them
+then."""
 _PATIENCE = 10
-"""Seconds that a process has to end, before it is terminated."""
+"""Seconds that a process has to end by itself."""
 
 
 def loader_of(engine: Engine) -> Callable[[], Engine]:

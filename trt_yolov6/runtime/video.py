@@ -20,7 +20,7 @@ _ENCODERS = ("libx264", "libopenh264", "h264_nvenc")
 """FFmpeg's names, the likeliest to work first."""
 
 LONGEST_PAUSE = 60.0
-"""Longest still, in seconds, that a pause in a recording becomes."""
+"""Seconds of stillness that a pause in a recording becomes at most."""
 
 
 class VideoWriter:

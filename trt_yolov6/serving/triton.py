@@ -61,7 +61,7 @@ Serves = Literal["tensors", "pictures"]
 encoded images, for boxes, scores and classes."""
 
 _PICTURES = TensorSpec("picture", (None, 1), np.dtype(object))
-"""Input of entries that take images: the content of one file each."""
+"""The content of an image file each."""
 
 _DETECTIONS = (
     TensorSpec("boxes", (None, None, 4), np.dtype(np.float32)),

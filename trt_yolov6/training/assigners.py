@@ -27,8 +27,8 @@ SIMOTA_CANDIDATES, SIMOTA_RADIUS, SIMOTA_IOU_WEIGHT = 10, 2.5, 3.0
 """IoUs that SimOTA sums, its central region in strides, and the overlap's weight in the cost."""
 
 _PAIRS_AT_ONCE = 2**26
-"""Most pairs of object and anchor at a time, to bound memory for batches of many objects: a float32
-for each is 256 MiB, and about ten such tensors exist at once."""
+"""Pairs of object and anchor that are compared at a time: bounds memory (a float32 for each is
+256 MiB, and about ten such are alive) where a batch has many objects."""
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,13 @@ BoxLoss = Literal["siou", "giou", "ciou"]
 Assigner = Literal["tal", "atss", "simota"]
 
 LEAST_AN_IMAGE = 0.25
-"""Least normalizer of the losses, per image of the batch: a sum of soft targets below that of one
-object. Without it, batches with few objects or none would give huge losses."""
+"""Least that losses are divided by, for every image of the batch: less than one object found
+halfway. Without it, batches of few objects or none would blow up."""
 
 
 @dataclass(frozen=True)
 class LossSettings(Checked):
-    """Choice and weights of the losses; every value is a name or number, as JSON needs.
+    """Which losses, weighed how; every value is a plain name or number, so JSON holds it.
 
     Raises:
         UserError: an unknown name, or a negative weight or number of epochs.
@@ -47,7 +47,7 @@ class LossSettings(Checked):
     use_dfl: bool = False
     """Distribution focal loss; needs an architecture with `reg_max`."""
     objectness: bool = False
-    """Objectness loss (paper, Table 11); needs the `offset` head, which in turn needs it."""
+    """Objectness loss (paper, Table 11); needs the `offset` head, which cannot do without."""
     assigner: Assigner = "tal"
     warmup_assigner: Assigner = "atss"
     warmup_epochs: Annotated[int, Meta(ge=0)] = 4
@@ -62,10 +62,10 @@ class LossSettings(Checked):
 
 @dataclass(frozen=True)
 class DistillationSettings(Checked):
-    """Self-distillation (paper, 2.4.2): how the student learns from the teacher.
+    """Self-distillation (paper, 2.4.2): how the student is held to the teacher.
 
-    The classes are independent sigmoids, so each contributes the Kullback-Leibler divergence of two
-    Bernoulli distributions, weighted by `distilled_share`; it works for one class, too. Box
+    The classes are independent sigmoids, so theirs is the Kullback-Leibler divergence of each
+    class's own yes or no: it counts with one class too, and as much as `distilled_share` says. Box
     distributions are compared where there is an object.
 
     Raises:
@@ -75,9 +75,9 @@ class DistillationSettings(Checked):
     epochs: Count
     """Length of the training, over which the weight decays."""
     class_weight: NotNegative = 1.0
-    """Factor on `LossSettings.class_weight`."""
+    """Beside `LossSettings.class_weight`, by which it is multiplied."""
     box_weight: NotNegative = 1.0
-    """Factor on `LossSettings.dfl_weight`."""
+    """Beside `LossSettings.dfl_weight`, by which it is multiplied."""
     class_temperature: Positive = 1.0
     """Divides the class logits."""
     box_temperature: Positive = 20.0
@@ -143,8 +143,8 @@ def detection_loss(
         settings: which losses, see `check_losses`.
         epoch: from 0; decides the assigner and the decay of distillation.
         teacher_levels: the teacher's output for the same images, of the same shapes.
-        distillation: settings for a teacher: of classes always, of boxes where the head predicts
-            distributions.
+        distillation: how to hold the student to the teacher, if there is one. Classes always,
+            boxes where the head predicts distributions.
         reduce_mean: returns the elementwise mean over all processes of a float32 (3,) tensor;
             called once. With these normalizers, the gradients that DistributedDataParallel
             averages are those of one process with all the images. None: one process.

@@ -47,12 +47,12 @@ _LOG = logging.getLogger(__name__)
 _Level = Annotated[int, Meta(ge=0, le=5)]
 """TensorRT's optimization levels."""
 
-# Timings of each kernel, as in trtexec. With TensorRT's default of one, YOLOv6-M took 0.925 ms in
-# INT8, with eight 0.803 ms (one image, 8.6.0, H200).
+# How often each kernel is timed: trtexec's number. With one timing, TensorRT's default, YOLOv6-M
+# took 0.925 ms in INT8; with eight it takes 0.803 ms (one image, 8.6.0, H200).
 _TIMING_ITERATIONS = 8
 
-# One build at a time in a process: three threads that built with 8.6.0 finished nothing in six
-# minutes, with the GPU idle, and they would share the logger and standard error.
+# Builds of one process go one after the other. Three threads that built with 8.6.0 made nothing in
+# six minutes, with the GPU idle; and the logger and standard error are those of the process.
 _ONE_BUILD = threading.Lock()
 
 

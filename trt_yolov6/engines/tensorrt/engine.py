@@ -432,7 +432,7 @@ _CAUSES = {
     "magicTag": "the file is not a plan",
     "kSERIALIZATION_VERSION": "another version built it",
 }
-"""Causes of failed assertions in TensorRT's plan reader, by a word in them."""
+"""Meaning of a failed assertion in TensorRT's plan reader, by a word of it."""
 
 
 def _cause(reason: str) -> str:
@@ -448,7 +448,7 @@ _DTYPES = {
     "INT8": np.int8,
     "UINT8": np.uint8,
 }
-"""NumPy's types by `DataType`'s names; `nptype` of TensorRT 8 needs one that NumPy has removed."""
+"""NumPy's types by `DataType`'s names. `nptype` of TensorRT 8 names one that NumPy lost."""
 
 
 def _dtype(dtype: trt.DataType, tensor: str) -> np.dtype[Any]:

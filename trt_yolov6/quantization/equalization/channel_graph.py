@@ -264,8 +264,8 @@ def _is_depthwise(given: Mapping[str, Any], weight: Sequence[int]) -> bool:
 _SHIFT_PRESERVING = frozenset(
     {"Concat", "Identity", "MaxPool", "Reshape", "Resize", "Slice", "Split", "Transpose"}
 )
-"""Operators that pass a constant per channel through: those of `_RULES` except means, whose readers
-are not only convolutions."""
+"""Operators of which a constant comes out that went in, channel by channel: those that `_RULES`
+follow, means aside, which other operators than convolutions read."""
 
 _Rule = Callable[[_Trace, onnx.NodeProto], None]
 

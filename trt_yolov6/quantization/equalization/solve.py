@@ -56,18 +56,18 @@ from trt_yolov6.quantization.qdq.placement import place
 if TYPE_CHECKING:
     from trt_yolov6.quantization.statistics import TensorStatistics
 
-# Typical root mean square of an activation relative to its largest magnitude; it weights the two
-# kinds of noise, in much the same way for all channels.
+# Root mean square of an activation by its largest magnitude, typically; it weighs the two kinds of
+# noise against each other, and both much alike over the channels.
 _RMS_OF_RANGE = 0.1
 
 # Range by standard deviation, where neither is measured.
 _SPREAD = 4.0
 
-# A channel that is inactive on the calibration images may be active on others: its range is at
-# least this share of the one expected by its weights.
+# A channel that stays silent on the calibration images may speak on others: it counts at least as
+# this part of the range that its weights let expect.
 _LEAST_OF_ESTIMATE = 0.1
 
-# Exponent of the norms that replace maxima in the minimization, to have gradients.
+# Exponent of the norms that stand for maxima while minimizing, so that there are gradients.
 _NORM = 64.0
 
 # Iterations of L-BFGS. It starts where all channels have the same range, close to the optimum.

@@ -57,7 +57,7 @@ class Placement:
 
 
 Rule = Callable[[GraphIndex, "onnx.NodeProto"], "str | None"]
-"""Returns why a convolution stays in float, or None."""
+"""Says why a convolution stays in float, or None: see "rules to choose" below."""
 
 
 def place(

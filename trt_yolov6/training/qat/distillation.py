@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 FAINTEST = 0.02
-"""Least standard deviation of a channel, relative to its root mean square: smaller variation is
-noise of the arithmetic, which `relative` would amplify."""
+"""Least spread that a channel counts in, as a part of its root mean square: what varies less is
+noise of the arithmetic, and would be blown up."""
 
 
 def channel_divergence(

@@ -150,7 +150,7 @@ def _described(start: Start, settings: QatSettings) -> str:
 
 
 def _state_file(output: Path, trained: Path, resume: bool) -> Path:
-    """Return the state's file; refuse a training to resume that is not there, or one that is."""
+    """Return where the state goes; there must be a begun training just if it is to be resumed."""
     state = check_writable(output / STATE_FILE)
     begun = (output / "settings.json").exists()
     if begun and not resume:
@@ -162,6 +162,6 @@ def _state_file(output: Path, trained: Path, resume: bool) -> Path:
     if resume and trained.exists() and not state.is_file():
         raise UserError(f"the training in {output} is complete; give another `output`.")
     if resume:
-        # After a kill before the first state, the training starts again.
+        # A kill before the first state leaves nothing to go on from: it starts again.
         sweep(output)
     return state

@@ -43,7 +43,7 @@ from trt_yolov6.training.torch_engine import TorchEngine
 _log = logging.getLogger(__name__)
 
 WARMUP = 0.05
-"""Share of the steps over which the learning rate rises."""
+"""Part of the steps over which the learning rate rises."""
 
 PARTS = ("total", "detection", "distill")
 """The losses that are logged."""
@@ -256,7 +256,7 @@ def _line(epoch: int, means: Sequence[float], seconds: float) -> dict[str, Any]:
 
 
 def _identity(start: Start, settings: QatSettings, data: TrainingSet) -> list[Any]:
-    """Return all that decides the result: a state of anything else is not resumed."""
+    """Return all that decides the result: only a training of the same may go on from a state."""
     table = start.quantized.table
     return [
         settings.to_json(),
@@ -269,7 +269,7 @@ def _identity(start: Start, settings: QatSettings, data: TrainingSet) -> list[An
 
 
 def _restored(path: Path | None, task: Task) -> Progress:
-    """Restore the state, if it exists and has the same settings; return its progress."""
+    """Go on from a state if it is there, of the same settings; return how far it had come."""
     if path is None or not path.is_file():
         return Progress()
     state = read_state(path)
