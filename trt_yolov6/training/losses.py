@@ -145,9 +145,10 @@ def detection_loss(
         teacher_levels: the teacher's output for the same images, of the same shapes.
         distillation: how to hold the student to the teacher, if there is one. Classes always,
             boxes where the head predicts distributions.
-        reduce_mean: returns the elementwise mean over all processes of a float32 (3,) tensor;
-            called once. With these normalizers, the gradients that DistributedDataParallel
-            averages are those of one process with all the images. None: one process.
+        reduce_mean: gives the elementwise mean over all processes of a float32 (3,) tensor;
+            called once. Losses are sums divided by what it returns; so, as DistributedDataParallel
+            averages gradients, they are those of one process with all the images. None: one
+            process.
     """
     with torch.autocast(levels[0][0].device.type, enabled=False):
         levels = [tuple(_wide(part) for part in level) for level in levels]
