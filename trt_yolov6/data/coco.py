@@ -188,7 +188,7 @@ def check_objects(dataset: CocoDataset, remedy: str) -> None:
 def read_annotations(
     root: str | Path, split: str | None = None, *, crowds: bool = True
 ) -> AnnotatedSplit:
-    """Read a split, judging each image and each annotation by itself.
+    """Read a split, checking each image and each annotation separately.
 
     Args:
         root, split: as for `load_coco`.

@@ -122,12 +122,10 @@ def group_amax(
             amax = amax_of(pooled(known), method, quantized)
             shared.update(dict.fromkeys(group, amax))
     single = {
-        name: amax_of(item, method, quantized)
+        name: shared[name] if name in shared else amax_of(item, method, quantized)
         for name, item in statistics.items()
-        if name not in shared
     }
-    names = [*statistics, *(name for name in shared if name not in statistics)]
-    return {name: shared[name] if name in shared else single[name] for name in names}
+    return single | shared
 
 
 def margin_amax(statistics: TensorStatistics, quantized: QuantizedType) -> float:

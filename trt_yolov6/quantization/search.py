@@ -237,8 +237,8 @@ class Search:
 
         Returns:
             The simplest of the best. If that is one of the two forms that change activations, also
-            the other one where it is near and shifts many tensors: ranges of a few images hardly
-            tell the two apart.
+            the other one where it is near and shifts many tensors: with ranges of a few images the
+            two hardly differ.
         """
         if len(self._variants) == 1:
             return self._variants[:1]

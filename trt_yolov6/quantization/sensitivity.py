@@ -126,7 +126,7 @@ def layer_distortions(
     Args:
         model: the float graph that the placement was made for.
         placement: what is to run in INT8.
-        amax: range of each tensor to quantize, as a calibration table has it.
+        amax: range of each tensor to quantize, see `CalibrationTable`.
         images: each what the graph's input takes; any number takes the same memory.
 
     Returns:

@@ -1,7 +1,7 @@
-"""ONNX Runtime's execution providers: which to ask for, and what keeps one from starting.
+"""ONNX Runtime's execution providers: the choice of one, and the reasons why one does not start.
 
-Left alone, ONNX Runtime goes on on the CPU where a GPU's provider does not start. Here a provider
-that was asked for by name starts or is refused, with the reason that the loader gives.
+By default ONNX Runtime continues on the CPU if a GPU's provider does not start. Here a provider
+that was chosen by name starts, or is refused with the loader's reason.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def insert_qdq(
             name: float(_half(np.float32(scale), quantized)) for name, scale in scales.items()
         }
     writer = _Writer(
-        result, scales, _scale_names(placement, scales), quantized, fp16, weight_scales
+        result, scales, _scale_names(placement, scales), quantized, fp16, weight_scales or {}
     )
     outputs = {name for node in graph.node for name in node.output}
     nodes: list[onnx.NodeProto] = []
@@ -182,7 +182,7 @@ class _Writer:
         scale_names: Mapping[str, str],
         quantized: QuantizedType,
         half_scales: bool,
-        weight_scales: Mapping[str, NDArray[np.float32]] | None = None,
+        weight_scales: Mapping[str, NDArray[np.float32]],
     ) -> None:
         self._codes: dict[str, NDArray[np.int8]] = {}
         self._constants: dict[str, NDArray[np.float32]] = {}
@@ -190,7 +190,7 @@ class _Writer:
         self._scale_names = scale_names
         self._quantized = quantized
         self._half_scales = half_scales
-        self._weight_scales = weight_scales or {}
+        self._weight_scales = weight_scales
         self._stored = constants_of(model)
 
     def tensors(self) -> list[onnx.TensorProto]:

@@ -60,7 +60,7 @@ class Trained:
     model: onnx.ModelProto
     """The float graph with the trained weights."""
     amax: dict[str, float]
-    """Range by quantized tensor, as calibration tables have it."""
+    """Range by quantized tensor, see `CalibrationTable`."""
     weight_scales: dict[str, NDArray[np.float32]]
     """Scale by channel, float32 (channels,), by the name of the quantized weights."""
 
