@@ -133,7 +133,7 @@ def prepare(
         graph: the float graph.
         paths: images that calibrate.
         settings: what is quantized to, and the border of the images.
-        variant: which form.
+        variant: the form to prepare.
         measure: collect statistics, where the form itself does not take them.
         known: the plain graph's statistics on the same images, of what `equalize` wants to know
             and of what the plain variant quantizes, where they have been collected.
@@ -189,7 +189,7 @@ def formed(graph: Graph, variant: Variant, ranges: Mapping[str, TensorStatistics
 
     Args:
         graph: the float graph.
-        variant: which form.
+        variant: the form to return.
         ranges: of what `equalize` wants to know of the plain graph.
     """
     if variant == "plain":

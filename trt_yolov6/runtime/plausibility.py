@@ -1,7 +1,7 @@
 """Check, on the first batch of a run, whether a network's outputs can be a detector's.
 
 A wrong guess of the family, a sigmoid left out on export, or an overflow in half precision still
-give an AP, and an AP of 0 does not say why.
+gives an AP, and an AP of 0 does not say why.
 """
 
 from __future__ import annotations

@@ -283,8 +283,8 @@ def process(
 
     Other threads read and pre-process images ahead of the engine and post-process its outputs, so
     that the engine, which only the calling thread uses, waits as little as possible. On a GPU, one
-    batch is copied while another is computed, and an engine that takes images
-    (`Engine.takes_images`) letterboxes there; so does nvImageCodec, if installed, decode JPEGs. The
+    batch is copied while another is computed, and with an engine that takes images
+    (`Engine.takes_images`) the GPU letterboxes them and, with nvImageCodec, decodes JPEGs. The
     first batch, whose outputs are checked, is letterboxed on the CPU.
 
     Args:

@@ -3,7 +3,7 @@
 Its networks are weakly typed: tensors are float32, and builder flags allow layers other precisions.
 So types of our graphs become flags and constraints (`WeakGraph`). The other passes rewrite INT8
 graphs, equal up to rounding in float, where TensorRT 8 fails on the usual form (seen in 8.6.0 on an
-H100): each says how.
+H100); each names the failure that it avoids.
 """
 
 from __future__ import annotations

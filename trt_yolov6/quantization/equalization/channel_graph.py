@@ -1,4 +1,4 @@
-"""Find the channels of an ONNX graph that may be rescaled, and those that only may together.
+"""Find the channels of an ONNX graph that may be rescaled, alone or only together.
 
 Multiplying a channel by s > 0 where a convolution writes it, and dividing the weights that read it
 by s, leaves the function of the network as it is if everything between is positively homogeneous:

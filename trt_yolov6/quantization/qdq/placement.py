@@ -348,7 +348,7 @@ def _links(
 def _dequantized_late(
     graph: GraphIndex, links: Iterable[tuple[Sequence[str], str]]
 ) -> Iterator[str]:
-    """Yield the outputs of these operators that stay INT8 without a pair of their own.
+    """Yield the outputs of such operators that stay INT8 without a pair, see `_links`.
 
     Those of a resizing do not: TensorRT-RTX 1.7 dequantizes before it and leaves the convolution
     after it in float (four in YOLOv6Lite).
