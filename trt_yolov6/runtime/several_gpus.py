@@ -126,59 +126,59 @@ def _in_order(
     batch: int,
 ) -> Generator[Any, None, None]:
     """Hand out batches on request, and yield their results in order."""
-    given: dict[Any, list[int]] = {ours: [] for ours in workers}
+    in_work: dict[Any, list[int]] = {ours: [] for ours in workers}
     chunks: dict[int, list[Any]] = {}
-    asking: list[Any] = []
+    requests: list[Any] = []
     done: dict[int, Any] = {}
     noted: set[str] = set()
-    open_ends = dict(zip(workers, gpus, strict=True))
+    gpu_of = dict(zip(workers, gpus, strict=True))
     ended: set[Any] = set()
-    number = following = 0
-    while open_ends:
-        parcels: dict[Any, list[list[Any]]] = {}
-        for ours in list(asking):
+    next_batch = next_result = 0
+    while gpu_of:
+        outgoing: dict[Any, list[list[Any]]] = {}
+        for ours in list(requests):
             if ours in ended:
                 continue
             # The process with the next result always gets what it asks for: it may return none
             # before it has some batches more.
-            is_next = bool(given[ours]) and given[ours][0] == following
-            if not is_next and number >= following + _AHEAD * len(workers):
+            is_next = bool(in_work[ours]) and in_work[ours][0] == next_result
+            if not is_next and next_batch >= next_result + _AHEAD * len(workers):
                 continue
-            asking.remove(ours)
+            requests.remove(ours)
             chunk = list(itertools.islice(items, batch))
-            parcels.setdefault(ours, []).append(chunk)
+            outgoing.setdefault(ours, []).append(chunk)
             if chunk:
-                given[ours].append(number)
-                chunks[number] = chunk
-                number += 1
+                in_work[ours].append(next_batch)
+                chunks[next_batch] = chunk
+                next_batch += 1
             else:  # the empty batch that means the end is sent once
                 ended.add(ours)
-        for ours, parcel in parcels.items():
-            ours.send(parcel)
-        ready: list[Any] = wait(list(open_ends))
+        for ours, batches in outgoing.items():
+            ours.send(batches)
+        ready: list[Any] = wait(list(gpu_of))
         for ours in ready:
             try:
                 kind, value = ours.recv()
             except (EOFError, OSError) as error:
                 raise UserError(
-                    f"the process of GPU {open_ends[ours]} ended before its work; see its messages "
+                    f"the process of GPU {gpu_of[ours]} ended before its work; see its messages "
                     "above, and whether another program takes the GPU's memory."
                 ) from error
             if kind == "give":
-                asking += [ours] * value
+                requests += [ours] * value
             elif kind == "done":
-                index = given[ours].pop(0)
+                index = in_work[ours].pop(0)
                 done[index] = _unpacked(value, chunks.pop(index))
             elif kind == "failed":
                 raise value
             else:
-                del open_ends[ours]
-        while following in done:
-            step = done.pop(following)
+                del gpu_of[ours]
+        while next_result in done:
+            step = done.pop(next_result)
             notes = tuple(note for note in step.notes if note not in noted)
             noted.update(notes)
             yield dataclasses.replace(step, notes=notes)
-            following += 1
+            next_result += 1
 
 
 def _packed(step: Processed[Any, bytes]) -> Processed[Any, bytes]:
