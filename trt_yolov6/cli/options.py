@@ -109,7 +109,9 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
     precision.add_argument("--fp16", action="store_true", help="half precision")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--batch", type=positive, help="fixed batch size")
-    add_dynamic(size, "batch")
+    add_dynamic(
+        size, "batch", "smallest batch size, the one to tune for, and the largest (1,32,32)"
+    )
     add_image_size(parser)
     add_ends(parser)
     parser.add_argument(
@@ -119,14 +121,10 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--opset", type=int, help="ONNX opset, 17 or later (18)")
 
 
-def add_dynamic(parser: argparse._ActionsContainer, dest: str) -> None:
+def add_dynamic(parser: argparse._ActionsContainer, dest: str, text: str) -> None:
     """Add --dynamic."""
     parser.add_argument(
-        "--dynamic",
-        dest=dest,
-        type=three_numbers,
-        metavar="MIN,OPT,MAX",
-        help="smallest batch size, the one to tune for, and the largest (1,32,32)",
+        "--dynamic", dest=dest, type=three_numbers, metavar="MIN,OPT,MAX", help=text
     )
 
 

@@ -94,7 +94,9 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
     graph = parser.add_argument_group("exported graph")
     common.add_image_size(graph)
     graph.add_argument("--fp16", action="store_true", help="half precision for the rest")
-    common.add_dynamic(graph, "dynamic")
+    common.add_dynamic(
+        graph, "dynamic", "smallest batch size, the one to tune for, and the largest (1,32,32)"
+    )
     common.add_ends(graph)
     graph.add_argument(
         "--backend",
