@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -77,19 +77,18 @@ def check(
     """
     limits = limits or Limits()
     check_comparable(results, baseline, limits)
-    failures: list[str] = []
-    undecided: list[str] = []
-    passed: list[str] = []
+    lines: dict[_Outcome, list[str]] = {"failed": [], "undecided": [], "passed": []}
     now = {engine["engine"]: engine for engine in results["engines"]}
     names = matched(results, baseline)
     for engine in baseline["engines"]:
         name = names.get(engine["engine"])
         if name is None:
-            failures.append(f"{engine['engine']}: the baseline has it, this comparison does not")
+            text = f"{engine['engine']}: the baseline has it, this comparison does not"
+            lines["failed"].append(text)
             continue
         subject = _subject(name, engine["engine"])
-        text, ok = _judge_ap(subject, now[name]["AP"], engine["AP"], limits.max_ap_drop)
-        (passed if ok else failures).append(text)
+        outcome, text = _judge_ap(subject, now[name]["AP"], engine["AP"], limits.max_ap_drop)
+        lines[outcome].append(text)
     timings = {(timing["engine"], timing["batch"]): timing for timing in results["timings"]}
     for timing in baseline["timings"]:
         name = names.get(timing["engine"])
@@ -97,26 +96,14 @@ def check(
             continue
         key = name, timing["batch"]
         subject = f"{_subject(name, timing['engine'])}, batch {key[1]}"
-        side_by_side = (paired or {}).get(key)
-        if key not in timings:
-            failures.append(f"{subject}: the baseline has a latency, this comparison does not")
-            continue
-        if side_by_side == SAME_ENGINE:
-            passed.append(f"{subject}: same engine, not measured again")
-            continue
-        before, after = latency_of(timing), latency_of(timings[key])
-        ratio = side_by_side or ratio_of(after, before)
-        how = ", side by side" if side_by_side else ""
-        slower = _percent(ratio.value)
-        text = (
-            f"{subject}: {slower} ({before.value:.4g} to {after.value:.4g} ms; "
-            f"between {_percent(ratio.low)} and {_percent(ratio.high)} with noise{how}; allowed "
-            f"{limits.max_slowdown:+g} %)"
+        ratio = (paired or {}).get(key)
+        outcome, text = _judge_latency(
+            subject, timings.get(key), timing, ratio, limits.max_slowdown
         )
-        allowed = 1 + limits.max_slowdown / 100
-        lines = failures if ratio.low > allowed else undecided if ratio.high > allowed else passed
-        lines.append(text)
-    return Verdict(tuple(failures), tuple(undecided), tuple(passed), limits.strict)
+        lines[outcome].append(text)
+    return Verdict(
+        tuple(lines["failed"]), tuple(lines["undecided"]), tuple(lines["passed"]), limits.strict
+    )
 
 
 def matched(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, str]:
@@ -217,17 +204,44 @@ def format_verdict(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
+_Outcome = Literal["failed", "undecided", "passed"]
+
+
 def _judge_ap(
     name: str, now: float | None, before: float | None, allowed: float
-) -> tuple[str, bool]:
+) -> tuple[_Outcome, str]:
     if before is None:
-        return f"{name}: the baseline has no AP", True
+        return "passed", f"{name}: the baseline has no AP"
     if now is None:
-        return f"{name}: the baseline has AP {before:.4f}, this comparison has none", False
+        return "failed", f"{name}: the baseline has AP {before:.4f}, this comparison has none"
     points = 100 * (now - before)
     text = f"{name}: AP {now:.4f} after {before:.4f} ({points:+.2f} points, allowed -{allowed:g})"
     # A drop of exactly the limit is allowed; 1e-9 stands for the rounding of the subtraction.
-    return text, -points <= allowed + 1e-9
+    return "passed" if -points <= allowed + 1e-9 else "failed", text
+
+
+def _judge_latency(
+    subject: str,
+    now: Mapping[str, Any] | None,
+    before: Mapping[str, Any],
+    side_by_side: Interval | None,
+    allowed: float,
+) -> tuple[_Outcome, str]:
+    """Judge a timing of a baseline by the one now, or by their ratio if measured side by side."""
+    if now is None:
+        return "failed", f"{subject}: the baseline has a latency, this comparison does not"
+    if side_by_side == SAME_ENGINE:
+        return "passed", f"{subject}: same engine, not measured again"
+    earlier, later = latency_of(before), latency_of(now)
+    ratio = side_by_side or ratio_of(later, earlier)
+    how = ", side by side" if side_by_side else ""
+    text = (
+        f"{subject}: {_percent(ratio.value)} ({earlier.value:.4g} to {later.value:.4g} ms; "
+        f"between {_percent(ratio.low)} and {_percent(ratio.high)} with noise{how}; allowed "
+        f"{allowed:+g} %)"
+    )
+    most = 1 + allowed / 100
+    return "failed" if ratio.low > most else "undecided" if ratio.high > most else "passed", text
 
 
 def _percent(ratio: float) -> str:
