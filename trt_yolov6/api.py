@@ -1,4 +1,4 @@
-"""The verbs that run, measure and train, which `trt_yolov6` re-exports and the command line calls.
+"""The functions of `trt_yolov6` that run, measure and train; the command line calls them too.
 
 Those that make engines are in `pipeline`.
 """
@@ -81,12 +81,12 @@ def evaluate(
         data: data set in COCO, YOLO or Pascal VOC layout: its folder or `data.yaml`.
         split: part of it. Default: the only one, else `val`, else `val2017`.
         options: thresholds, border, batch, GPUs. Default thresholds: confidence 0.03, IoU 0.65, 300
-            boxes, as the YOLOv6 paper, or those of a graph that suppresses boxes itself.
-        confusion: also count which class objects are taken for.
+            boxes, as in the YOLOv6 paper, or those of a graph with NMS inside.
+        confusion: also count a confusion matrix.
         progress: show a progress bar, if standard error is a terminal.
 
     Returns:
-        AP in 0..1, in all and by class, and how long each stage took.
+        AP in 0..1, overall and by class, and the seconds of each stage.
 
     Raises:
         UserError: the data cannot be read, or its classes are not the detector's.
@@ -119,9 +119,9 @@ def benchmark(
 ) -> BenchmarkResult | list[BenchmarkResult]:
     """Measure latency and throughput, with the confidence interval of the median.
 
-    Without `images`, the engine alone is timed on input that is in place, as the YOLOv6 paper does;
-    with them, everything from encoded images in memory to detections, stage after stage. Several
-    detectors take turns, so that drifting clocks affect all of them alike.
+    Without `images`, the engine alone is timed on resident input, as in the YOLOv6 paper; with
+    them, everything from encoded images in memory to detections, stage after stage. Several
+    detectors take turns, so drifting clocks affect all of them alike.
 
     Args:
         detectors: a loaded detector or the path of an engine, or several.
@@ -171,16 +171,16 @@ class BenchmarkOptions(TypedDict, total=False):
     batch: int
     """Images a run (1)."""
     duration: float
-    """Seconds of measuring an engine at most (10); a run that was begun is finished. It ends once
-    every engine's 95 % confidence interval of the median lies within 1 % of it."""
+    """Most seconds to measure an engine (10). Measuring ends earlier once every engine's 95 %
+    confidence interval of the median lies within 1 % of it."""
     warm_up: float
-    """Least seconds of running an engine before that (1); it goes on, up to three times as long,
-    until the engine gets no faster."""
+    """Least seconds to run an engine before that (1); up to three times as long, until it gets no
+    faster."""
     progress: bool
     """Show a progress bar, if standard error is a terminal (True)."""
     streams: int
-    """Batches that run side by side on a GPU, each on its own stream (1); the latency is then that
-    of a round, a run on every stream. Not with `images`."""
+    """Batches that run concurrently on a GPU, each on its own stream (1); the latency is then that
+    of one run on every stream. Not with `images`."""
     images: Sequence[str | Path | bytes] | str | Path | None
     """Encoded images to time end to end: a folder, files, or their bytes."""
     predict: PredictOptions | None
@@ -204,12 +204,11 @@ def compare(
 
     Args:
         models: checkpoints, ONNX files and engines; or a plan, as a value or a YAML file.
-        output: folder to write to: `results.json`, the engines, and what is kept to continue.
+        output: folder for `results.json`, the engines, and the finished steps.
         again: measure latencies again, even if they are there.
-        baseline: results, or their folder, that the new ones are to be compared with later: other
-            data or thresholds are refused before anything is built, another device before
-            anything is measured.
-        other_device: take a baseline from another device.
+        baseline: earlier results, or their folder, to compare with later. Other data or thresholds
+            are refused before anything is built, another device before anything is measured.
+        other_device: accept a baseline from another device.
         progress: show a progress bar, if standard error is a terminal.
         plan: fields of `comparison.plan.Plan`, such as `precisions=("fp32", "int8")`,
             `batches=(1, 32)`, `data="samples"`, `calibration="calib"`, `rounds=8`, `duration=10`.
@@ -288,9 +287,9 @@ def train(
         weights: checkpoint to fine-tune.
         device: `cpu`, `cuda` or `cuda:N`. Default: a GPU where there is one.
         resume: continue the training in `output` with the same settings; after an interruption it
-            ends with the same weights on a CPU. `auto`: if the folder holds a training.
+            ends with the same weights on a CPU. `auto`: only if the folder holds a training.
         progress: show a progress bar; off a terminal, log a line an epoch.
-        recipe: what differs from the recipe: `epochs`, `batch`, `image_size`, `seed`, `precision`,
+        recipe: changes to the recipe: `epochs`, `batch`, `image_size`, `seed`, `precision`,
             `teacher` and the other arguments of `training.recipe.recipe_for`.
 
     Returns:
@@ -339,7 +338,7 @@ def train(
 
 @contextlib.contextmanager
 def _opened(detector: AnyDetector) -> Iterator[Engine]:
-    """Yield a detector's engine; one that is only named is loaded, and closed afterwards."""
+    """Yield a detector's engine; a file is loaded, and closed afterwards."""
     if isinstance(detector, Engine):
         yield detector
     elif isinstance(detector, Detector):

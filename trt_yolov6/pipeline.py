@@ -1,4 +1,4 @@
-"""From a checkpoint or ONNX file to an engine: export, quantize, build. The one place for it."""
+"""From a checkpoint or ONNX file to an engine: `export`, `quantize`, `build`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class GraphOptions(TypedDict, total=False):
     class_names: Sequence[str] | str | Path | None
     """ONNX files: names in the order of the scores, or a file of them (text or COCO JSON)."""
     decoder: str | None
-    """ONNX files: the detector's family, a name of `detectors.families`. Default: found out."""
+    """ONNX files: the detector's family, see `detectors.families`. Default: recognized."""
     preprocess: Mapping[str, Any] | None
     """ONNX files: fields of `Preprocessing` that differ from the family's, by name."""
 
@@ -72,10 +72,10 @@ class LabelledOptions(GraphOptions, total=False):
     """Further keywords of `quantize` and `build`."""
 
     data: str | Path | None
-    """Labelled data set on which `:auto` holds its budget of AP; without it, agreement with the
-    float network on the calibration images counts."""
+    """Labelled data set to measure the AP budget of `:auto` on; without it, the budget is one of
+    agreement with the float network on the calibration images."""
     split: str | None
-    """Part of that data set."""
+    """Split of that data set."""
     progress: bool
     """Show a progress bar; off a terminal, log a line a minute (True)."""
 
@@ -91,11 +91,11 @@ class BuildOptions(LabelledOptions, total=False):
     """Further keywords of `build`."""
 
     quantization: QuantizationSettings | None
-    """Calibration settings for INT8 and FP8; type, rest and float layers follow `precision`."""
+    """Calibration settings for INT8 and FP8; `precision` decides type, rest and float layers."""
     target: str | None
     """GPU to cross-build for with TensorRT-RTX, such as `t4`."""
     clean: bool
-    """Remove surplus Q/DQ nodes that an ONNX file brings along (True)."""
+    """Remove surplus Q/DQ nodes of an ONNX file (True)."""
     allow_float: bool
     """Build even where the backend would compute a quantized graph in float (False)."""
 
@@ -129,13 +129,13 @@ def export(
     """
     _check_paths(source, output=output)
     _check_options("export", options, GraphOptions)
-    wanted = None if precision is None else Precision.parse(precision)
-    if wanted is not None and wanted.quantizes:
+    precision = None if precision is None else Precision.parse(precision)
+    if precision is not None and precision.quantizes:
         raise UserError(
-            f"export writes fp32 or fp16, not {wanted}; quantize the graph with `quantize`."
+            f"export writes fp32 or fp16, not {precision}; quantize the graph with `quantize`."
         )
     check_graph_output(source, output)
-    graph = _float_graph(source, wanted, options)
+    graph = _float_graph(source, precision, options)
     if output is not None:
         write_graph(graph, output)
     return graph
@@ -157,7 +157,7 @@ def quantize(
         calibration: folder of images like those the detector will see, a few dozen.
         precision: `int8` or `fp8`, with `+fp16` for the rest and `:6` or `:auto` for layers that
             stay in float, such as `int8+fp16:auto`.
-        settings: how it is calibrated; its type, rest and float layers are those of `precision`.
+        settings: how to calibrate; `precision` decides its type, rest and float layers.
         output: ONNX file to write, with a manifest next to it; None writes nothing.
         options: see `QuantizeOptions` and `GraphOptions`.
 
@@ -178,13 +178,13 @@ def quantize(
 
     _check_paths(source, calibration, output)
     _check_options("quantize", options, QuantizeOptions)
-    wanted = Precision.parse(precision)
-    if not wanted.quantizes:
-        raise UserError(f"quantize makes int8 or fp8, not {wanted}; give that to `export`.")
-    _given(calibration, wanted)
-    settings = quantization_settings(wanted, settings, "settings")
+    precision = Precision.parse(precision)
+    if not precision.quantizes:
+        raise UserError(f"quantize makes int8 or fp8, not {precision}; give that to `export`.")
+    _check_given(calibration, precision)
+    settings = quantization_settings(precision, settings, "settings")
     check_settings(settings)
-    _check_labelled(wanted, options)
+    _check_labelled(precision, options)
     data, table = options.get("data"), options.get("table")
     check_graph_output(source, output)
     if table is not None:
@@ -204,9 +204,9 @@ def quantize(
     for line in tried_table(result.candidates):
         _log.info("%s", line)
     layers, kept = result.placement.layers, result.placement.float_layers
+    count = f"{len(kept)} of {len(layers) + len(kept)}" if kept else "none"
     ranges = "" if table is None else f"; ranges in {table}"
-    float_ones = f"{len(kept)} of {len(layers) + len(kept)}" if kept else "none"
-    _log.info(f"convolutions left in float: {float_ones}{ranges}")
+    _log.info(f"convolutions left in float: {count}{ranges}")
     if output is not None:
         write_graph(result.graph, output)
     return result.graph
@@ -226,8 +226,8 @@ def build(
 
     Args:
         source: a checkpoint, any detector's ONNX file, or a graph from `export` or `quantize`.
-        precision: `fp32`, `fp16`, `int8`, `fp8`, or as `int8+fp16:auto`, see `Precision`; None:
-            fp32 for a checkpoint, as it is for ONNX files and graphs.
+        precision: `fp32`, `fp16`, `int8`, `fp8` or, for example, `int8+fp16:auto`, see
+            `Precision`; None: fp32 for a checkpoint, the source's own for ONNX files and graphs.
         calibration: folder of calibration images, for INT8 and FP8. With an ONNX file that has Q/DQ
             nodes, the images on which their clean-up is verified.
         backend: `tensorrt`, `tensorrt-rtx`, `onnxruntime`, or `auto`: the fastest that works here.
@@ -250,26 +250,27 @@ def build(
     """
     _check_paths(source, calibration, output)
     _check_options("build", options, BuildOptions)
-    wanted = None if precision is None else Precision.parse(precision)
+    precision = None if precision is None else Precision.parse(precision)
     settings = of_class(settings, BuildSettings, "settings")
-    known = (BatchProfile(), source.batch if isinstance(source, Graph) else None)
-    if options.get("batch") is None and settings.batch not in known:
+    # A profile in the settings counts as `batch`, unless it is the default or the graph's own.
+    ignored = (BatchProfile(), source.batch if isinstance(source, Graph) else None)
+    if options.get("batch") is None and settings.batch not in ignored:
         options = {**options, "batch": settings.batch}
     progress = options.get("progress", settings.progress)
     settings = dataclasses.replace(
         settings,
         target=options.get("target") or settings.target,
-        fp8=wanted is not None and wanted.base == "fp8",
+        fp8=precision is not None and precision.base == "fp8",
         progress=progress,
     )
-    # Exporting takes seconds: what cannot be built is better refused before.
+    # Before the export, which takes seconds.
     name = check_build(backend, output, settings)
     check_not_source(source, output)
-    _check_labelled(wanted, options)
-    quantized = wanted if wanted is not None and wanted.quantizes else None
+    _check_labelled(precision, options)
+    quantized = precision if precision is not None and precision.quantizes else None
     if quantized is not None:
         _check_quantizing(quantized, calibration, name, settings, options)
-    graph = _float_graph(source, None if quantized else wanted, options)
+    graph = _float_graph(source, None if quantized else precision, options)
     if quantized is None and settings.calibration is None:
         _check_unused(graph, calibration, options)
     if BACKENDS[name].tensorrt:
@@ -280,7 +281,7 @@ def build(
         graph, settings = _calibrated_by_tensorrt(graph, calibration, settings, options)
     elif quantized is not None:
         assert calibration is not None
-        # Named as the engine will be, which the float graph's precision is not a part of.
+        # The engine's name has the precision it will have, not the float graph's.
         named = dataclasses.replace(graph, precision=quantized.base)
         engine = engine_path(named, name, output, settings.target)
         graph = _quantized_for(name, engine, graph, quantized, calibration, options)
@@ -288,7 +289,7 @@ def build(
         graph = _cleaned(graph, calibration)
     path = engine_path(graph, name, output, settings.target)
     if path.is_file():
-        _say_replaced(path, graph, chosen=output is not None)
+        _log_replaced(path, graph, chosen=output is not None)
     with a_line_a_minute(f"building {path}", progress=progress):
         return build_engine(
             graph,
@@ -331,7 +332,7 @@ def quantization_settings(
 ) -> QuantizationSettings:
     """Return settings whose type, rest and float layers are those of a precision.
 
-    `name` is that of the parameter that they were given as.
+    `name` is the parameter's that they were passed as, for the message.
 
     Raises:
         UserError: they contradict it themselves.
@@ -532,7 +533,7 @@ def _check_quantizing(
     from trt_yolov6.engines.int8_probe import computes
     from trt_yolov6.quantization.settings import check_settings
 
-    calibration = _given(calibration, precision)
+    calibration = _check_given(calibration, precision)
     how = quantization_settings(precision, options.get("quantization"))
     check_settings(how)
     calibration_images(calibration, how.image_limit)
@@ -540,7 +541,7 @@ def _check_quantizing(
         raise all_in_float(precision.base, backend, settings.target or "this machine's GPU")
 
 
-def _given(calibration: str | Path | None, precision: Precision) -> str | Path:
+def _check_given(calibration: str | Path | None, precision: Precision) -> str | Path:
     if calibration is None:
         raise UserError(
             f"{precision} needs calibration images; name a folder of them as `calibration`.",
@@ -549,7 +550,7 @@ def _given(calibration: str | Path | None, precision: Precision) -> str | Path:
 
 
 def _for_tensorrt(graph: Graph) -> Graph:
-    """Return a graph as TensorRT computes it: unsigned INT8 levels become signed ones.
+    """Return a graph that TensorRT takes: unsigned INT8 levels become signed ones.
 
     Raises:
         UserError: see `quantization.qdq.symmetric.check_symmetric`.
@@ -570,7 +571,7 @@ def _calibrated_by_tensorrt(
     settings: BuildSettings,
     options: BuildOptions,
 ) -> tuple[Graph, BuildSettings]:
-    """Return a float graph as the INT8 one it becomes, and the settings with images for it."""
+    """Return a float graph as the INT8 one that TensorRT makes of it, and settings with images."""
     from trt_yolov6.data.calibration import calibration_images
     from trt_yolov6.quantization.judge import batches_of
 
@@ -595,7 +596,7 @@ def _calibrated_by_tensorrt(
 
 
 def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
-    """Remove surplus Q/DQ nodes of a graph that came with some, and verify it on images."""
+    """Remove surplus Q/DQ nodes from a quantized file's graph, and verify that on images."""
     if graph.precision == "fp8":
         _log.info("surgery: FP8's Q/DQ nodes are left as they are")
     if graph.precision != "int8":
@@ -631,11 +632,11 @@ def _cleaned(graph: Graph, calibration: str | Path | None) -> Graph:
     return dataclasses.replace(graph, model=model)
 
 
-def _say_replaced(path: Path, graph: Graph, *, chosen: bool) -> None:
-    """Say what an engine that is replaced is, as far as its manifest tells.
+def _log_replaced(path: Path, graph: Graph, *, chosen: bool) -> None:
+    """Log what the engine that is about to be replaced is, by its manifest.
 
-    Of another source than the new one, whose name nobody has `chosen`, it is a warning: the
-    `best.pt` of two trainings share a name.
+    It is a warning if that engine has another source and the user has not `chosen` the name: the
+    `best.pt` of two trainings share one.
     """
     from trt_yolov6.engines.manifest import read_manifest
 
@@ -648,7 +649,5 @@ def _say_replaced(path: Path, graph: Graph, *, chosen: bool) -> None:
         return
     is_other = manifest.source_sha256 != graph.source_sha256
     level = logging.WARNING if is_other and not chosen else logging.INFO
-    another = "another " if is_other else ""
-    _log.log(
-        level, "replacing %s (%s, of %s%s)", path, manifest.precision, another, manifest.source
-    )
+    source = f"{'another ' if is_other else ''}{manifest.source}"
+    _log.log(level, "replacing %s (%s, of %s)", path, manifest.precision, source)

@@ -32,8 +32,8 @@ _PRECISION = re.compile(r"(fp32|fp16|int8|fp8)(\+fp16)?(?::(\d{1,4}|auto))?")
 class Precision:
     """A precision to build in, written as `fp32`, `fp16`, `int8`, `fp8` or `int8+fp16:6`.
 
-    After the 8-bit types, `+fp16` puts everything else in half precision, and `:6` or `:auto` keeps
-    that many of the layers most sensitive to INT8 in float.
+    After an 8-bit type, `+fp16` puts everything else in half precision, and `:6` or `:auto` keeps
+    that many layers in float, those most sensitive to INT8.
 
     Examples:
         >>> Precision.parse("int8+fp16:6")
@@ -46,8 +46,8 @@ class Precision:
     rest: Literal["fp32", "fp16"] = "fp32"
     """Precision of the layers that are not quantized; only for the 8-bit types."""
     float_layers: int | Literal["auto"] | tuple[str, ...] = 0
-    """Layers kept in float: a number of the most sensitive ones, as few as keep the accuracy
-    (`auto`), or these. With FP8 only by name."""
+    """Layers kept in float: how many of the most sensitive ones, `auto` (as few as keep the
+    accuracy), or their names. With FP8 only names."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "float_layers", choice_of_layers(self.float_layers))
@@ -62,7 +62,7 @@ class Precision:
 
     @classmethod
     def parse(cls, text: str | Precision) -> Precision:
-        """Return the precision that a text names; one that is parsed already as it is.
+        """Return the precision that a text names; a `Precision` is returned unchanged.
 
         Raises:
             UserError: the text is not a precision.
@@ -91,7 +91,7 @@ def choice_of_layers(layers: Any) -> Any:
     """Return a choice of float layers, see `Precision.float_layers`; NumPy's numbers as Python's.
 
     Raises:
-        UserError: it is another value.
+        UserError: it is not one.
     """
     if is_whole(layers) and layers >= 0:
         return int(layers)
@@ -156,7 +156,7 @@ def two_sides(size: int | Sequence[int]) -> tuple[int, int]:
     """Return height and width of a size that is one side, or both.
 
     Raises:
-        UserError: it is something else.
+        UserError: it is not whole numbers.
     """
     sides = tuple(size) if isinstance(size, (list, tuple, np.ndarray)) else (size, size)
     if len(sides) != 2 or not all(map(is_whole, sides)):
@@ -185,7 +185,7 @@ class BatchProfile(Checked):
         return str(self.min) if self.is_static else sizes
 
     def steps(self) -> tuple[int, ...]:
-        """Return few batch sizes, ascending, so that the next is at most twice any it stands for.
+        """Return ascending batch sizes, so that padding to the next one at most doubles a batch.
 
         Examples:
             >>> BatchProfile(1, 8, 12).steps()
@@ -247,7 +247,7 @@ _NMS = NmsSettings()
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Options for going from images to detections; None leaves one to the detector and the task.
+    """Options for going from images to detections; the defaults depend on detector and task.
 
     Examples:
         >>> PredictOptions(confidence=0.1).nms(NmsSettings(iou=0.7))
@@ -255,14 +255,14 @@ class PredictOptions:
     """
 
     confidence: float | None = None
-    """Least score in 0..1. Default: 0.4 for what is shown, 0.03 for evaluation and timing, or more
-    where the graph suppresses boxes itself with a higher one."""
+    """Least score in 0..1. Default: 0.4 to predict and draw, 0.03 to evaluate and time, or that of
+    NMS inside the graph if it is higher."""
     iou: float | None = None
-    """Boxes of a class that overlap more, in 0..1, are one. Default: 0.65, or the graph's."""
+    """IoU threshold of NMS in 0..1. Default: 0.65, or the graph's."""
     max_detections: int | None = None
-    """Most objects an image. Default: 300, or the graph's."""
+    """Most boxes kept in an image. Default: 300, or the graph's."""
     resize: int | tuple[int, int] | None = None
-    """Side, or (height, width), that images are resized to fit; gray border is the rest."""
+    """Side, or (height, width) in pixels, to resize images to; gray fills the rest."""
     border: int | None = None
     """Gray pixels on every side of an image, as some YOLOv6 evaluations add (0)."""
     batch: int | None = None
@@ -270,10 +270,10 @@ class PredictOptions:
     workers: int | None = None
     """Threads that read and pre-process. Default: one a core, at most 16."""
     gpus: int = 1
-    """GPUs of this machine that share images or a data set, one process each. With more than
-    one, a script begins its work under `if __name__ == "__main__":`, as `multiprocessing` wants."""
+    """GPUs of this machine to use, one process each. With several, a script needs
+    `if __name__ == "__main__":`, as `multiprocessing` requires."""
     clip: bool = True
-    """Cut boxes off at the image's edge; evaluation scores them as predicted."""
+    """Clip boxes to the image; evaluation never does."""
 
     def __post_init__(self) -> None:
         self.nms()
@@ -295,7 +295,7 @@ class PredictOptions:
         )
 
     def over(self, default: NmsSettings) -> PredictOptions:
-        """Return the options with thresholds that are None taken from `default`."""
+        """Return the options with `default` in place of thresholds that are None."""
         return replace(self, **vars(self.nms(default)))
 
     def thresholds(self) -> dict[str, Any]:
@@ -314,16 +314,16 @@ class TensorSpec:
 
     @property
     def sides(self) -> tuple[int | None, ...]:
-        """Height and width in pixels of a batch of images: uint8 ones have their channels last."""
+        """Height and width in pixels of a batch of images; uint8 ones have channels last."""
         return self.shape[1:3] if self.dtype == np.uint8 else self.shape[2:4]
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Lengths of one row of a batch, 0 where one varies."""
+        """Shape of one row of a batch, 0 where a length varies."""
         return tuple(length or 0 for length in self.shape[1:])
 
     def fits(self, batch: Any) -> bool:
-        """Return whether an array with a `shape` and a `dtype` is a batch of this, of any size."""
+        """Return whether an array's `shape` and `dtype` are those of a batch of any size."""
         lengths = self.shape[1:], batch.shape[1:]
         return (
             batch.dtype == self.dtype
@@ -332,7 +332,7 @@ class TensorSpec:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON has it: the dtype by its name, null where a length varies."""
+        """Return it JSON-ready: the dtype's name, null where a length varies."""
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype.name}
 
 
@@ -345,7 +345,7 @@ def image_size_of(spec: TensorSpec) -> tuple[int, int]:
 
 
 def empty_input(spec: TensorSpec, rows: int) -> NDArray[Any]:
-    """Return an array for a batch of the shape and dtype an engine takes, its content undefined.
+    """Return an uninitialized array for a batch of `rows` images.
 
     Raises:
         UserError: it takes more memory than there is.

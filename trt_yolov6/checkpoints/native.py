@@ -176,8 +176,8 @@ def _architecture(path: Path, fields: Any, version: int) -> Architecture:
         defaults = {field.name: field.default for field in dataclasses.fields(Architecture)}
         added = {name: defaults[name] for name in ("neck", "pooling", "mbla")}
         fields = {**added, "neck_activation": fields.get("activation"), **fields}
-    wanted = {field.name for field in dataclasses.fields(Architecture)}
-    if not isinstance(fields, dict) or set(fields) != wanted:
+    known = {field.name for field in dataclasses.fields(Architecture)}
+    if not isinstance(fields, dict) or set(fields) != known:
         raise _damaged(path, "its architecture is not complete")
     arch = as_record(fields, Architecture, f"{path} is damaged: its architecture", _REMEDY)
     if not can_be_built(arch):

@@ -117,7 +117,7 @@ class Gpu:
 
 
 def cpu_model() -> str:
-    """Return the processor's name, as /proc/cpuinfo has it on Linux."""
+    """Return the processor's name, on Linux that of /proc/cpuinfo."""
     name = _cpuinfo().get("model name")
     return name[0] if name else platform.processor() or platform.machine()
 
@@ -244,10 +244,10 @@ def timestamp() -> str:
 
 
 def cpu_wait_seconds() -> float | None:
-    """Return how long threads of this process were ready to run and waited for a processor, so far.
+    """Return the seconds that this process's threads have waited for a processor so far.
 
-    Linux counts that for each thread; the sum over those that live is returned. What it grows by
-    while an engine runs is time that other processes took. None where the system does not say.
+    It is the sum over the live threads, which Linux counts; None elsewhere. Its growth while an
+    engine runs is time that other processes took.
     """
     total = 0
     try:

@@ -55,17 +55,17 @@ class _Lines:
 
 
 def is_logged(progress: bool = True) -> bool:
-    """Return whether progress is wanted but stderr is not a terminal."""
+    """Return whether to log progress: if it is on and stderr is not a terminal."""
     return progress and not sys.stderr.isatty()
 
 
 @contextlib.contextmanager
 def a_line_a_minute(what: str, *, progress: bool = True) -> Iterator[None]:
-    """Log every minute that work goes on, as long as the block runs.
+    """Log every minute that a block is still running; on a terminal, nothing.
 
     Args:
-        what: what is done, such as `building engines/yolov6s-int8.trt`.
-        progress: False says nothing, and neither does a terminal.
+        what: the work, such as `building engines/yolov6s-int8.trt`.
+        progress: False logs nothing.
     """
     if not is_logged(progress):
         yield
@@ -73,14 +73,14 @@ def a_line_a_minute(what: str, *, progress: bool = True) -> Iterator[None]:
     start = time.monotonic()
     done = threading.Event()
 
-    def speak() -> None:
+    def log() -> None:
         while not done.wait(SECONDS):
             _log.info("still %s, %.0f min so far", what, (time.monotonic() - start) / 60)
 
-    speaker = threading.Thread(target=speak, name="a line a minute", daemon=True)
-    speaker.start()
+    logger = threading.Thread(target=log, name="a line a minute", daemon=True)
+    logger.start()
     try:
         yield
     finally:
         done.set()
-        speaker.join()
+        logger.join()

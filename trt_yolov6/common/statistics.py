@@ -3,7 +3,7 @@
 Run times within a second or two resemble each other more than they resemble those of an hour later:
 clocks drift, memory is laid out otherwise, neighbours come and go. An interval from all runs as if
 they were independent is narrow and wrong. So engines are measured in rounds, each with the engine
-loaded again and spread over the whole time, and a round counts as one observation, its median.
+loaded again, over the whole time, and a round's median counts as one observation.
 
 `prediction_interval` says where one more round would fall, in 95 of 100 cases (Hahn and Meeker,
 Statistical Intervals, Section 4.7; normal observations): m ± t s √(1 + 1/n). It does not
@@ -38,7 +38,7 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        """Half of the interval: a smaller difference is not told from chance."""
+        """Half of the interval's width: smaller differences may be chance."""
         return (self.high - self.low) / 2
 
     @property

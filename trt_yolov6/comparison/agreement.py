@@ -1,9 +1,9 @@
 """Agreement of a quantized engine's detections with those of the same model's float engine.
 
-An AP on a hundred images varies by points from one hundred to another, so two engines' APs tell
-little about the quantization between them. Held against the float engine's own detections, image
-for image, much smaller differences show; and the difference of two APs varies far less over
-resampled images than either.
+An AP on a hundred images varies by points from one hundred to another, so two engines' APs say
+little about the quantization between them. Comparing with the float engine's own detections, image
+by image, shows much smaller differences; and the difference of two APs varies far less over
+resampled images than either AP.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def agreements(
     built: Sequence[BuiltCase],
     accuracies: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any] | None]:
-    """Return each quantized engine's agreement with its model's float engine, as `results` has it.
+    """Return each quantized engine's agreement with its model's float engine, see `results`.
 
     Args:
         work: what the comparison's steps share.
@@ -93,10 +93,10 @@ def _float_engine(index: int, pairs: Sequence[_Measured], known: Sequence[str]) 
     size = pairs[index][1]["image_size"]
     for names in (known, labels):
         for precision in FLOAT:
-            wanted = names[index], precision, size
+            sought = names[index], precision, size
             for pair, name in zip(pairs, names, strict=True):
                 found = pair[1]
-                if (name, found["precision"], found["image_size"]) == wanted and found["found"]:
+                if (name, found["precision"], found["image_size"]) == sought and found["found"]:
                     return pair
     return None
 

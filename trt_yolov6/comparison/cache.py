@@ -1,8 +1,8 @@
-"""Steps that are done once: each result is kept under what it depends on, and found again by that.
+"""Steps that are done once: a cache of results by their inputs.
 
-A step's file holds its inputs and its value, so that a person can see what a result is of. What
-is kept is found by the SHA-256 of the inputs: hashes of the files, settings, versions, device. A
-step whose inputs changed is another step; nothing has to be cleared by hand.
+A step's file has its inputs (hashes of files, settings, versions, device) and its value, readable
+for people, and is found by the SHA-256 of the inputs. Changed inputs make another step, so nothing
+has to be cleared by hand.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Steps:
         work: Callable[[], Value],
         is_whole: Callable[[Value], bool] = lambda value: True,
     ) -> Value:
-        """Return the value of a step: the one kept, where that is still whole, else that of `work`.
+        """Return the value of a step: the stored one if `is_whole` accepts it, else that of `work`.
 
-        `inputs` are all that the value depends on. A value is whole where the files are there that
-        it names; None is not kept.
+        `inputs` are all that the value depends on; `is_whole` checks files that it names. None is
+        not stored.
 
         Raises:
             UserError: of `work`, or the folder cannot be written to.
@@ -57,14 +57,14 @@ class Steps:
             return None
         try:
             content = read_json(path)
-        except UserError:  # whatever it was, the step is done again
+        except UserError:  # an unreadable step is done again
             return None
         if not isinstance(content, dict) or content.get("inputs") != _plain(inputs):
             return None
         return content.get("value")
 
     def keep(self, kind: str, inputs: Inputs, value: Any) -> None:
-        """Keep the value of a step, or what there is of it so far.
+        """Store the value of a step, finished or partial.
 
         Raises:
             UserError: the folder cannot be written to.

@@ -1,4 +1,4 @@
-"""The engines of a comparison: which a plan asks for, and building those that are not there."""
+"""The engines of a comparison: those that a plan asks for, built if they are missing."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class SourceFile:
 
     sha256: str
     buildable: bool = False
-    """Engines are built from it; else it is one, or a graph of its own precision."""
+    """Engines are built from it; otherwise it is one, or a quantized or FP16 graph."""
     precision: str = ""
-    """Precision and backend of an engine; empty where it is still to be built."""
+    """Precision and, below, backend of an engine; empty for a source to build from."""
     backend: str = ""
     batches: tuple[int, ...] = ()
     """Smallest, best and largest batch size of an engine."""
@@ -75,13 +75,13 @@ class Case:
     name: str
     entry: ModelEntry
     choice: Precision | None
-    """None: the file is an engine, or a graph of its own precision, and taken as it is."""
+    """None: the file is not `buildable` and taken as it is."""
     backend: str
     source: SourceFile
 
     @property
     def stem(self) -> str:
-        """The name as that of a file."""
+        """The name, with characters that suit a file name."""
         return "".join(c if c.isalnum() or c in "-_." else "_" for c in self.name)
 
 
@@ -110,7 +110,7 @@ class BuiltCase:
     def load(self, plan: Plan, batch: int, *, cuda_graph: bool = True) -> Engine:
         """Load the engine of a batch size, as the plan runs engines."""
         options = LoadOptions(plan.threads, plan.provider, cuda_graph)
-        if self.case.choice is None:  # taken as it is; a built one has it in its manifest
+        if self.case.choice is None:  # the manifest of a built engine has both
             entry = self.case.entry
             options = dataclasses.replace(
                 options, decoder=entry.decoder, preprocess=parse_changes(entry.preprocess)
@@ -160,30 +160,32 @@ def cases_of(work: Work) -> list[Case]:
 
 
 def build_case(work: Work, case: Case) -> BuiltCase:
-    """Build a case unless it is there.
+    """Build a case, unless it has been built.
 
     Raises:
-        UserError: the file does not take any of the batch sizes, or cannot be built from.
+        UserError: the file takes none of the batch sizes, or no engine can be built from it.
     """
-    wanted = sorted(set(work.plan.batches))
+    batches = sorted(set(work.plan.batches))
     if not case.source.buildable:
-        return _as_it_is(case, wanted)
+        return _as_it_is(case, batches)
     fixed = case.source.batch
     left_out: tuple[str, ...] = ()
     if fixed:
-        if fixed not in wanted:
+        if fixed not in batches:
             raise UserError(
                 f"{case.entry.path} takes batch {fixed} only; add it to `batches`, or export it "
                 "again with a free batch axis.",
             )
-        left_out = _not_taken(case, [batch for batch in wanted if batch != fixed], f"batch {fixed}")
+        left_out = _not_taken(
+            case, [batch for batch in batches if batch != fixed], f"batch {fixed}"
+        )
         profiles = {fixed: BatchProfile.of(fixed)}
     elif case.backend == "onnxruntime":
-        # One graph serves all sizes equally well, and is the same whichever are wanted.
-        most = max(32, *wanted)
-        profiles = dict.fromkeys(wanted, BatchProfile(1, most, most))
+        # One graph serves all sizes equally well, and is the same whichever are measured.
+        most = max(32, *batches)
+        profiles = dict.fromkeys(batches, BatchProfile(1, most, most))
     else:
-        profiles = {batch: BatchProfile.of(batch) for batch in wanted}
+        profiles = {batch: BatchProfile.of(batch) for batch in batches}
     records = {batch: _record(work, case, profile) for batch, profile in profiles.items()}
     return BuiltCase(
         case,
@@ -280,10 +282,10 @@ def _calibration_inputs(plan: Plan) -> Mapping[str, Any]:
     }
 
 
-def _as_it_is(case: Case, wanted: Sequence[int]) -> BuiltCase:
-    path, batches = case.entry.path, BatchProfile(*case.source.batches)
-    takes = f"batches of {batches.min} to {batches.max}"
-    taken = [batch for batch in wanted if batches.min <= batch <= batches.max]
+def _as_it_is(case: Case, batches: Sequence[int]) -> BuiltCase:
+    path, profile = case.entry.path, BatchProfile(*case.source.batches)
+    takes = f"batches of {profile.min} to {profile.max}"
+    taken = [batch for batch in batches if profile.min <= batch <= profile.max]
     if not taken:
         raise UserError(f"{path} takes {takes}, of which `batches` has none; add one.")
     sha256 = case.source.sha256
@@ -293,7 +295,7 @@ def _as_it_is(case: Case, wanted: Sequence[int]) -> BuiltCase:
         dict.fromkeys(taken, path),
         dict.fromkeys(taken, sha256),
         dict.fromkeys(taken, record),
-        _not_taken(case, [batch for batch in wanted if batch not in taken], takes),
+        _not_taken(case, [batch for batch in batches if batch not in taken], takes),
     )
 
 
@@ -305,10 +307,10 @@ def _not_taken(case: Case, batches: Sequence[int], takes: str) -> tuple[str, ...
 
 
 def origins(built: Sequence[BuiltCase]) -> list[str]:
-    """Return the SHA-256 of each engine's checkpoint, by its manifest.
+    """Return the SHA-256 of each engine's origin: the checkpoint in its manifest.
 
-    Without one it is that of the file that the engine was built from; where that is an engine of
-    the comparison, that one's. Without a manifest it is the engine's own.
+    Without a checkpoint it is the file that the engine was built from or, if that is an engine of
+    the comparison, its origin. Without a manifest it is the engine itself.
     """
     own = [one.sha256[one.largest] for one in built]
     manifests = [read_manifest(one.files[one.largest]) for one in built]
@@ -372,7 +374,7 @@ def _source(work: Work, entry: ModelEntry) -> SourceFile:
 
 
 def _described(work: Work, entry: ModelEntry, sha256: str) -> SourceFile:
-    """Find out what a file is; its hash is known."""
+    """Return the facts of a file with this hash."""
     path = entry.path
     manifest = read_manifest(path)
     if is_named_as_checkpoint(path):

@@ -1,9 +1,8 @@
-"""A comparison held against an earlier one: is it slower, or less accurate, than may be?
+"""The gate: is a comparison slower or less accurate than an earlier one, beyond the limits?
 
-Latency is noisy, so a slowdown counts as one only where noise cannot explain it: where the whole
-interval of the ratio lies beyond the limit. The ratio is of two runs, each with its own interval;
-their errors add in quadrature. Where part of the interval lies beyond the limit the answer is
-undecided, which passes with a line that says so, or fails if `strict`. AP is exact: the same images
+Latency is noisy, so a slowdown fails only if the whole interval of the ratio is beyond the limit;
+the errors of two runs add in quadrature. If part of the interval is beyond it, the slowdown is
+undecided: it passes with a line that says so, or fails if `strict`. AP is exact: the same images
 and arithmetic give the same AP, so any drop beyond the limit fails.
 """
 
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -34,9 +33,9 @@ class Limits(Checked):
     max_ap_drop: Annotated[float, Meta(ge=0, le=100)] = 0.2
     """AP points (hundredths) that an AP may fall by: 0.2 allows 0.518 after 0.520."""
     strict: bool = False
-    """Undecided is failed."""
+    """Undecided slowdowns fail."""
     other_device: bool = False
-    """A baseline from another device, or other packages, is taken."""
+    """Accept a baseline from another device."""
 
 
 @dataclass(frozen=True)
@@ -62,35 +61,34 @@ def check(
     *,
     paired: Mapping[tuple[str, int], Interval] | None = None,
 ) -> Verdict:
-    """Hold the results of a comparison against those of an earlier one.
+    """Compare results with those of an earlier comparison.
 
-    Every engine of the baseline (see `matched`) and each of its batch sizes is looked for; what the
-    results have beyond that is not judged.
+    Every engine of the baseline (see `matched`) must be there with each of its batch sizes; further
+    engines are not judged.
 
     Args:
         results, baseline: from `results.read_results` or `run.compare`.
         limits: how much may be lost.
-        paired: ratios of latencies, by engine and batch, that were measured side by side with the
-            baseline's own engines; they take the place of those of two runs.
+        paired: ratios of latencies by engine and batch from `run.side_by_side`, which replace those
+            of two runs.
 
     Raises:
         UserError: the baseline is of another data set or, unless allowed, of another device.
     """
     limits = limits or Limits()
     check_comparable(results, baseline, limits)
-    failures: list[str] = []
-    undecided: list[str] = []
-    passed: list[str] = []
+    lines: dict[_Outcome, list[str]] = {"failed": [], "undecided": [], "passed": []}
     now = {engine["engine"]: engine for engine in results["engines"]}
     names = matched(results, baseline)
     for engine in baseline["engines"]:
         name = names.get(engine["engine"])
         if name is None:
-            failures.append(f"{engine['engine']}: the baseline has it, this comparison does not")
+            text = f"{engine['engine']}: the baseline has it, this comparison does not"
+            lines["failed"].append(text)
             continue
         subject = _subject(name, engine["engine"])
-        text, ok = _judge_ap(subject, now[name]["AP"], engine["AP"], limits.max_ap_drop)
-        (passed if ok else failures).append(text)
+        outcome, text = _judge_ap(subject, now[name]["AP"], engine["AP"], limits.max_ap_drop)
+        lines[outcome].append(text)
     timings = {(timing["engine"], timing["batch"]): timing for timing in results["timings"]}
     for timing in baseline["timings"]:
         name = names.get(timing["engine"])
@@ -98,33 +96,21 @@ def check(
             continue
         key = name, timing["batch"]
         subject = f"{_subject(name, timing['engine'])}, batch {key[1]}"
-        side_by_side = (paired or {}).get(key)
-        if key not in timings:
-            failures.append(f"{subject}: the baseline has a latency, this comparison does not")
-            continue
-        if side_by_side == SAME_ENGINE:
-            passed.append(f"{subject}: same engine, not measured again")
-            continue
-        before, after = latency_of(timing), latency_of(timings[key])
-        ratio = side_by_side or ratio_of(after, before)
-        how = ", side by side" if side_by_side else ""
-        slower = _percent(ratio.value)
-        text = (
-            f"{subject}: {slower} ({before.value:.4g} to {after.value:.4g} ms; "
-            f"between {_percent(ratio.low)} and {_percent(ratio.high)} with noise{how}; allowed "
-            f"{limits.max_slowdown:+g} %)"
+        ratio = (paired or {}).get(key)
+        outcome, text = _judge_latency(
+            subject, timings.get(key), timing, ratio, limits.max_slowdown
         )
-        allowed = 1 + limits.max_slowdown / 100
-        lines = failures if ratio.low > allowed else undecided if ratio.high > allowed else passed
-        lines.append(text)
-    return Verdict(tuple(failures), tuple(undecided), tuple(passed), limits.strict)
+        lines[outcome].append(text)
+    return Verdict(
+        tuple(lines["failed"]), tuple(lines["undecided"]), tuple(lines["passed"]), limits.strict
+    )
 
 
 def matched(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, str]:
-    """Return the engine of a comparison that each of a baseline's is, by their names.
+    """Return for each engine of a baseline the same engine of a comparison, by their names.
 
-    That of the same weights, precision, backend and size is the same whatever its file is called;
-    for the others, such as a checkpoint that was trained again, the name decides.
+    Equal weights, precision, backend and size make the same engine, whatever its file is called;
+    otherwise, as for a checkpoint that was trained again, the name decides.
     """
     own = [_identity(engine) for engine in results["engines"]]
     theirs = [_identity(engine) for engine in baseline["engines"]]
@@ -155,7 +141,7 @@ def _subject(name: str, before: str) -> str:
 def check_comparable(
     results: Mapping[str, Any], baseline: Mapping[str, Any], limits: Limits
 ) -> None:
-    """Refuse a baseline that says nothing about these results.
+    """Refuse a baseline that these results cannot be compared with.
 
     Raises:
         UserError: it is of another data set, other thresholds, or another device.
@@ -167,7 +153,7 @@ def check_comparable(
 
 
 def check_device(device: str, baseline: Mapping[str, Any]) -> None:
-    """Refuse a baseline without an engine on a device that is measured.
+    """Refuse a baseline without an engine on this device.
 
     Raises:
         UserError: it was measured elsewhere.
@@ -183,9 +169,9 @@ def check_device(device: str, baseline: Mapping[str, Any]) -> None:
 def check_basis(
     data: Mapping[str, Any], settings: Mapping[str, Any], baseline: Mapping[str, Any]
 ) -> None:
-    """Refuse a baseline whose AP is of something else; known before anything is measured.
+    """Refuse a baseline of other data or thresholds, before anything is measured.
 
-    Data and settings are those in the results: `measure.data_record` and `plan.settings_of`.
+    Data and settings are as in results: from `measure.data_record` and `plan.settings_of`.
 
     Raises:
         UserError: it is of another data set or other thresholds.
@@ -204,7 +190,7 @@ def check_basis(
 
 
 def format_verdict(verdict: Verdict) -> str:
-    """Return a verdict as text: a line a reason, then the outcome."""
+    """Return a verdict as text: a line for each reason, then the outcome."""
     lines = [
         *(f"failed: {text}" for text in verdict.failures),
         *(f"undecided: {text}" for text in verdict.undecided),
@@ -218,17 +204,44 @@ def format_verdict(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
+_Outcome = Literal["failed", "undecided", "passed"]
+
+
 def _judge_ap(
     name: str, now: float | None, before: float | None, allowed: float
-) -> tuple[str, bool]:
+) -> tuple[_Outcome, str]:
     if before is None:
-        return f"{name}: the baseline has no AP", True
+        return "passed", f"{name}: the baseline has no AP"
     if now is None:
-        return f"{name}: the baseline has AP {before:.4f}, this comparison has none", False
+        return "failed", f"{name}: the baseline has AP {before:.4f}, this comparison has none"
     points = 100 * (now - before)
     text = f"{name}: AP {now:.4f} after {before:.4f} ({points:+.2f} points, allowed -{allowed:g})"
     # A drop of exactly the limit is allowed; 1e-9 stands for the rounding of the subtraction.
-    return text, -points <= allowed + 1e-9
+    return "passed" if -points <= allowed + 1e-9 else "failed", text
+
+
+def _judge_latency(
+    subject: str,
+    now: Mapping[str, Any] | None,
+    before: Mapping[str, Any],
+    side_by_side: Interval | None,
+    allowed: float,
+) -> tuple[_Outcome, str]:
+    """Judge a timing of a baseline by the one now, or by their ratio if measured side by side."""
+    if now is None:
+        return "failed", f"{subject}: the baseline has a latency, this comparison does not"
+    if side_by_side == SAME_ENGINE:
+        return "passed", f"{subject}: same engine, not measured again"
+    earlier, later = latency_of(before), latency_of(now)
+    ratio = side_by_side or ratio_of(later, earlier)
+    how = ", side by side" if side_by_side else ""
+    text = (
+        f"{subject}: {_percent(ratio.value)} ({earlier.value:.4g} to {later.value:.4g} ms; "
+        f"between {_percent(ratio.low)} and {_percent(ratio.high)} with noise{how}; allowed "
+        f"{allowed:+g} %)"
+    )
+    most = 1 + allowed / 100
+    return "failed" if ratio.low > most else "undecided" if ratio.high > most else "passed", text
 
 
 def _percent(ratio: float) -> str:

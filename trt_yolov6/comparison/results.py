@@ -64,7 +64,7 @@ _Interval = tuple[_Number, _Number]
 _Box = tuple[_Number, _Number, _Number, _Number, _Number, _Number]
 
 
-# What readers of the results rely on; there is more in them.
+# The fields that readers of the results rely on; there are more.
 
 
 class _Clock(TypedDict):

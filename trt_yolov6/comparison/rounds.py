@@ -1,9 +1,8 @@
-"""Latency in rounds: every engine in turn, loaded again each time, spread over all the time.
+"""Latency in rounds: in each, every engine is loaded again and timed for a while.
 
-A machine that others use as well makes some runs slower than the engine is. Linux says how long
-this process's threads were kept waiting for a processor (`machine.cpu_wait_seconds`), so disturbed
-runs are excluded. Where hardly any was undisturbed, all count, and the interval reaches down to
-what the engine may take without the wait.
+Other processes slow down some runs. Linux reports how long this process's threads waited for a
+processor (`machine.cpu_wait_seconds`), so disturbed runs are excluded. If too few others remain,
+all count, and the interval reaches down to what the engine may take without the wait.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ class Round:
     seconds: tuple[float, ...]
     """Seconds of each run, at least one."""
     waited: tuple[float, ...]
-    """Time that threads waited for a processor, as a share of the run's; empty: unknown."""
+    """Share of each run that threads waited for a processor; empty: unknown."""
     date: str
     """End of the round, ISO 8601 with the offset from UTC."""
 
     @property
     def quiet(self) -> tuple[float, ...]:
-        """The times of undisturbed runs; all of them where waiting is unknown."""
+        """The times of undisturbed runs; of all runs where waiting is unknown."""
         if not self.waited:
             return self.seconds
         return tuple(
@@ -73,7 +72,7 @@ class RoundsSummary:
     """Latency of one engine over its rounds. All times in seconds."""
 
     latency: Interval
-    """Median over the rounds, and where a further round is to be expected."""
+    """Median over the rounds, and the prediction interval of one more round."""
     rounds: tuple[float, ...]
     """The median of each round that counts."""
     counted: Latency
@@ -91,7 +90,7 @@ class RoundsSummary:
 def measure_round(load: Load, batch: int, seconds: float) -> Round:
     """Load an engine, run it for some seconds on resident random input, and close it.
 
-    A run that was begun is finished, and where all were disturbed it takes up to twice as long.
+    It takes up to twice as long where all runs were disturbed.
 
     Raises:
         UserError: the engine cannot be loaded, or does not take this batch.
@@ -112,10 +111,9 @@ def sample_round(
     wait: Callable[[], float | None] = cpu_wait_seconds,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Round:
-    """Run an engine for a while and note how long each run took and how much it was disturbed.
+    """Time the runs of an engine for some seconds, and how much each was disturbed.
 
-    `seconds` are those of `measure_round`; `wait` returns how many the process has waited for a
-    processor so far, or None.
+    `wait` returns the seconds that the process has waited for a processor so far, or None.
     """
     watched = Watched(run, wait)
     start = clock()
@@ -124,15 +122,15 @@ def sample_round(
         elapsed = clock() - start
         if elapsed >= seconds:
             shares = watched.shares
-            left_in_peace = not shares or min(shares) <= DISTURBED
-            if left_in_peace or elapsed >= _PATIENCE * seconds:
+            has_quiet_run = not shares or min(shares) <= DISTURBED
+            if has_quiet_run or elapsed >= _PATIENCE * seconds:
                 return Round(tuple(watched.seconds), shares, timestamp())
 
 
 def counted_rounds(rounds: Sequence[Round]) -> tuple[list[tuple[float, ...]], bool]:
-    """Return the times that count, by round, and whether these are the disturbed ones as well.
+    """Return the times that count, by round, and whether they include disturbed runs.
 
-    A round without an undisturbed run has no times, unless all rounds are taken as they are.
+    Otherwise a round without an undisturbed run has no times.
     """
     quiet = [one.quiet for one in rounds]
     if sum(map(bool, quiet)) >= _enough(len(rounds)):
@@ -154,7 +152,7 @@ def summarize_rounds(rounds: Sequence[Round], drift: float = CPU_DRIFT) -> Round
     known = all(one.waited for one in rounds)
     shares = np.concatenate([one.waited for one in rounds]) if known else None
     if disturbed and shares is not None:
-        # No run can have lost more than its threads waited, one after the other.
+        # No run lost more than the sum of its threads' waiting.
         least = float(np.min(every * np.maximum(0.0, 1 - shares)))
         latency = Interval(latency.value, min(latency.low, least), latency.high)
     return RoundsSummary(
@@ -171,10 +169,10 @@ def summarize_rounds(rounds: Sequence[Round], drift: float = CPU_DRIFT) -> Round
 def paired_medians(
     rounds: Sequence[Round], base: Sequence[Round]
 ) -> tuple[list[float], list[float]]:
-    """Return the medians of two engines, in the rounds in which both have undisturbed runs.
+    """Return the medians of two engines in the rounds in which both have undisturbed runs.
 
-    Where these are too few, all runs of both count: undisturbed runs of one engine are never
-    compared with disturbed ones of the other.
+    If these are too few, all runs of both count, so undisturbed runs are never compared with
+    disturbed ones.
     """
     quiet = [(one.quiet, other.quiet) for one, other in zip(rounds, base, strict=True)]
     pairs = [(mine, theirs) for mine, theirs in quiet if mine and theirs]

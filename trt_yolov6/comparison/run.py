@@ -1,7 +1,7 @@
-"""`compare`: builds what must be built, measures AP and latency of all, and writes the results.
+"""`compare`: builds missing engines, measures AP and latency of all, and writes the results.
 
-Everything that takes time is a step (`steps`): a comparison that was interrupted goes on where it
-was, round by round, and one that is run again with nothing changed only reads what is there.
+Everything that takes time is a step of `cache.Steps`: an interrupted comparison continues with the
+next round, and an unchanged one only reads what was measured.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ def compare(
 ) -> Results:
     """Compare detectors and write `results.json`.
 
-    `output` also gets `engines/` (what was built), `steps/` (what has been measured so far) and
-    `examples/` (a few images for the report).
+    `output` also gets `engines/`, `steps/` (the finished steps) and `examples/` (a few images for
+    the report). The arguments are those of `api.compare`.
 
     Returns:
-        What was written, see `results`; the arguments are those of `api.compare`.
+        The content of `results.json`, see `results`.
 
     Raises:
-        UserError: a file is missing or of no kind that can be compared, two engines have one name,
-            a precision cannot be built here, the output cannot be written, or the baseline is of
-            other data or thresholds, which is found out before anything is built, or of another
-            device, which is found out as soon as a backend's first engine is built.
+        UserError: a file is missing or cannot be compared, two engines have one name, a precision
+            cannot be built here, the output cannot be written, or the baseline is of other data or
+            thresholds (found before anything is built) or of another device (found when a backend's
+            first engine is built).
     """
     output = Path(output)
     check_writable(output / FILE)
@@ -104,21 +104,20 @@ def side_by_side(
     *,
     progress: bool = True,
 ) -> dict[_Key, Interval]:
-    """Measure engines and those of a baseline, round by round, where both are still there.
+    """Measure engines and those of a baseline in turns, where both files still exist.
 
-    On a machine whose speed drifts, the ratio of two engines in turns is known far better than that
-    of two runs. An engine whose file is the baseline's own has the ratio 1.
+    If a machine's speed drifts, turns give the ratio of two engines far more precisely than two
+    separate runs. An engine that is the baseline's own file has the ratio 1.
 
     Args:
-        results, folder: from `compare`, and where it wrote them.
-        baseline, baseline_folder: from `results.read_results`, and where that file lies; paths of
+        results, folder: from `compare`, and its output folder.
+        baseline, baseline_folder: from `results.read_results`, and that file's folder. Paths of
             engines are relative to these folders.
         plan: rounds, duration, threads and provider.
 
     Returns:
-        The ratio of latencies, by engine and batch; those whose baseline engine is gone, was
-        replaced, or ran in another version of its backend, on other threads or elsewhere are left
-        out.
+        The ratio of latencies by engine and batch, without those whose baseline engine is missing,
+        was replaced, or ran in another version of its backend, with other threads or elsewhere.
     """
     same, pairs = _paired(results, Path(folder), baseline, Path(baseline_folder))
     labels = {engine["engine"]: engine.get("label") for engine in results["engines"]}

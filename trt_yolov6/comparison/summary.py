@@ -10,7 +10,7 @@ from trt_yolov6.comparison.results import latency_of
 
 
 def format_results(results: Mapping[str, Any], width: int | None = None) -> str:
-    """Return the results as text: a line an engine and batch size, then what is to be known.
+    """Return the results as text: a line for each engine and batch size, then notes.
 
     The table has at most `width` columns, if that is not None.
     """

@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 
 
 def evenly(items: Sequence[Item], count: int) -> Sequence[Item]:
-    """Return the given number of items, spread evenly over all; all where there are no more."""
+    """Return `count` evenly spaced items; all if there are no more."""
     if len(items) <= count:
         return items
     return [items[index * len(items) // count] for index in range(count)]
@@ -43,7 +43,7 @@ def calibration_images(
 
     Args:
         folder: searched with its sub-folders.
-        limit: take this many, spread evenly over the names; None for all.
+        limit: take this many, evenly spaced in the order of paths; None: all.
         report: log each image left out, and the number of copies.
 
     Raises:
@@ -113,9 +113,9 @@ def _look_at_files(files: tuple[tuple[Path, int, int], ...]) -> tuple[_Look | Us
             pixels = read_image(file[0])
         except UserError as error:
             return error
-        spread = int((pixels.max(axis=(0, 1)) - pixels.min(axis=(0, 1))).max())
+        contrast = int((pixels.max(axis=(0, 1)) - pixels.min(axis=(0, 1))).max())
         digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
-        return digest, spread < _CONTRAST
+        return digest, contrast < _CONTRAST
 
     with ThreadPoolExecutor(default_workers(), thread_name_prefix="look") as pool:
         return tuple(pool.map(look, files))
@@ -133,7 +133,7 @@ def calibration_batches(
     border: int = 0,
     preprocessing: Preprocessing = YOLOV6,
 ) -> Iterator[NDArray[Any]]:
-    """Yield what the graph takes for one calibration image after the other, sorted by path.
+    """Yield the graph's input for one calibration image after the other, sorted by path.
 
     Args:
         folder: a folder, or the list that `calibration_images` made of one.

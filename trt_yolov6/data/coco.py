@@ -71,7 +71,7 @@ class CocoDataset:
     annotations: tuple[Mapping[str, Any], ...] = field(repr=False)
     """Boxes as pycocotools wants them: id (from 1), image_id, category_id, bbox, area, iscrowd."""
     notes: tuple[str, ...] = ()
-    """Notes for the reader of an AP on it."""
+    """Notes to report with an AP on it."""
 
     @property
     def class_indices(self) -> dict[int, int]:
@@ -120,7 +120,7 @@ class Problem:
     """One thing that is wrong with a data set."""
 
     image: str | None
-    """File name of the image, as the annotation file has it; None: there is no such image."""
+    """File name in the annotation file; None: there is no such image."""
     kind: Kind
     """Kind of the problem."""
     sentence: str
@@ -150,7 +150,7 @@ class DataReport:
 
 @dataclass(frozen=True)
 class AnnotatedSplit:
-    """A split as it was found: what can be used of it, and what is wrong with the rest."""
+    """A split: its usable images and annotations, and a report on the rest."""
 
     dataset: CocoDataset
     """Images whose file exists and whose size is recorded, and their well-formed annotations."""
@@ -195,7 +195,7 @@ def check_objects(dataset: CocoDataset, remedy: str) -> None:
 def read_annotations(
     root: str | Path, split: str | None = None, *, crowds: bool = True
 ) -> AnnotatedSplit:
-    """Read a split, judging each image and each annotation by itself.
+    """Read a split, checking each image and each annotation separately.
 
     Args:
         root, split: as for `load_coco`.
@@ -406,8 +406,8 @@ class _Judge:
         written = entry.get("bbox")
         box: Any = [number(value) for value in written] if isinstance(written, list) else []
         if len(box) != 4 or not all(type(value) in (int, float) for value in box):
-            wanted = entry.get("wanted", "a box of four numbers")
-            return "malformed", f"has {_short(written)} where {wanted} should be"
+            expected = entry.get("expected", "a box of four numbers")
+            return "malformed", f"has {_short(written)} where {expected} should be"
         category = self.categories.get(identity(entry.get("category_id")))
         if category is None:
             fault = f"is of category {_short(entry.get('category_id'))}, which is not listed"
@@ -419,7 +419,7 @@ class _Judge:
         if min(width, height) < 0:
             return "malformed", f"{fault}, whose sides are negative"
         image = self.images.get(record.id)
-        if image is None:  # a problem by itself
+        if image is None:  # reported as a problem of the image
             return None, ""
         area = _float(number(entry.get("area")))
         self.annotations.append(
@@ -428,7 +428,7 @@ class _Judge:
                 "image_id": record.id,
                 "category_id": category.id,
                 "bbox": box,
-                # Below 0, as some tools write for none, pycocotools would pass over the object.
+                # Some tools write -1 for no area, with which pycocotools would ignore the object.
                 "area": area if 0 <= area < math.inf else box[2] * box[3],
                 "iscrowd": int(is_crowd),
             }

@@ -135,10 +135,10 @@ def same_files(some: Iterable[Path], others: Iterable[Path]) -> list[tuple[Path,
     of_size: dict[int, list[Path]] = {}
     for path in others:
         of_size.setdefault(path.stat().st_size, []).append(path)
-    wanted = {size for _, size in sized} & of_size.keys()
-    known = {sha256_bytes(read_bytes(path)): path for size in wanted for path in of_size[size]}
+    shared = {size for _, size in sized} & of_size.keys()
+    known = {sha256_bytes(read_bytes(path)): path for size in shared for path in of_size[size]}
     found = [
-        (path, known.get(sha256_bytes(read_bytes(path)))) for path, size in sized if size in wanted
+        (path, known.get(sha256_bytes(read_bytes(path)))) for path, size in sized if size in shared
     ]
     return [(path, other) for path, other in found if other is not None]
 

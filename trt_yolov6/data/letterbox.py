@@ -17,7 +17,6 @@ from trt_yolov6.spec import is_whole
 GRAY = 114
 """Value of the pixels around the image, in all three channels."""
 
-
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -61,7 +60,7 @@ def to_sources(
     """
     several = list(letterboxes)
     if several and several.count(several[0]) == len(several):
-        # Once a box: NumPy's loops over four numbers take twice as long.
+        # Repeated for each box: NumPy's broadcast loops over four numbers take twice as long.
         table = _mapping(several[0])[:, None].repeat(boxes.shape[1], axis=1)
     else:
         table = np.array([_mapping(one) for one in several]).reshape(-1, 3, 1, 4).swapaxes(0, 1)
@@ -71,7 +70,7 @@ def to_sources(
 def _mapped(
     boxes: NDArray[np.floating], table: NDArray[np.float64], *, clip: bool
 ) -> NDArray[np.float32]:
-    # In place, and without `np.clip`: for a few boxes the calls take longer than the numbers.
+    # In place and without `np.clip`: for a few boxes the overhead of calls dominates.
     start, ratio, most = table
     mapped = boxes - start
     mapped *= ratio
@@ -83,7 +82,7 @@ def _mapped(
 
 @functools.lru_cache(maxsize=1024)
 def _mapping(one: Letterbox) -> NDArray[np.float64]:
-    """Return, of x1, y1, x2, y2 each, what is subtracted, the factor, and the border: (3, 4)."""
+    """Return offset, factor and largest value of x1, y1, x2, y2: float64 (3, 4)."""
     height, width = one.source
     ratios = width / one.resized[1], height / one.resized[0]
     table = np.array([(one.left, one.top) * 2, ratios * 2, (width, height) * 2], np.float64)
@@ -104,8 +103,8 @@ def fit(
     Args:
         source: height and width of the image.
         size: height and width of the network's input.
-        border: gray pixels that stand on every side at least: the image is resized to fit
-            `size` less twice this. Section 2.4.3 of the paper (arXiv:2209.02976) uses it so that
+        border: least gray pixels on every side: the image is resized to fit `size` less twice
+            this. Section 2.4.3 of the paper (arXiv:2209.02976) uses it so that
             objects at the edge keep the context the network was trained with, as in 634 + 2 x 3.
         mode: see `preprocessing.Fit`.
 

@@ -1,7 +1,7 @@
 """Preprocessing of an image: its placement, channel order and value range.
 
-Detectors differ in it, and a detector that is given another's input still finds most things, only
-worse. So it is a value of its own, which the manifest keeps with the engine.
+Detectors differ in it, and one that is given another's input still finds most objects, only worse.
+So the manifest stores it with the engine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Colour = Literal["rgb", "bgr"]
 class Preprocessing:
     """The input is (pixel - mean) / std of each channel, of 0..255 pixels.
 
-    A uint8 input takes pixels as they are: `mean` and `std` are then the graph's own business.
+    A uint8 input takes raw pixels, which the graph normalizes: `mean` and `std` are not used.
     """
 
     fit: Fit = "letterbox"

@@ -104,7 +104,7 @@ def read_voc(root: Path, split: str) -> Source:
 
 
 def _name(written: str, file: Path, folders: Sequence[Path]) -> str:
-    """Return the name of an image: as its XML has it, or that of the XML where there is no such."""
+    """Return an image's name in its XML or, if there is no such file, one like the XML's."""
     names = [written, *(file.stem + suffix for suffix in IMAGE_SUFFIXES)]
     return next((name for name in names if find_image(name, folders) is not None), written)
 

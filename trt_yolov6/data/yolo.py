@@ -29,7 +29,7 @@ _NULL = ("", "~", "null", "Null", "NULL")
 _MOST = 1.5
 """Most that a box in fractions of the image has; more is in pixels."""
 
-_WANTED = "a class number and four fractions of the image"
+_EXPECTED = "a class number and four fractions of the image"
 
 
 def find_yaml(data: Path) -> tuple[Path, DataYaml] | None:
@@ -219,9 +219,13 @@ def _objects(
             or values[0] != int(values[0])
             or (len(values) > 5 and len(values) % 2 == 0)
         ):
-            yield {"category_id": None, "bbox": line[:100], "where": where, "wanted": _WANTED}
+            yield {"category_id": None, "bbox": line[:100], "where": where, "expected": _EXPECTED}
             continue
-        entry: dict[str, Any] = {"category_id": int(values[0]), "where": where, "wanted": _WANTED}
+        entry: dict[str, Any] = {
+            "category_id": int(values[0]),
+            "where": where,
+            "expected": _EXPECTED,
+        }
         if len(values) == 5:
             x, y, w, h = values[1:]
             x, y = x - w / 2, y - h / 2

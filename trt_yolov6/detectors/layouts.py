@@ -1,7 +1,7 @@
-"""Output layouts of detectors, one entry each: which outputs have it and how to decode them.
+"""Output layouts of detectors: how to recognize and decode each.
 
-`OutputLayout` describes them. What is read here is what the network says, in pixels of its input;
-thresholds, suppression and the way back to the original image are `detections.postprocess`'s.
+`OutputLayout` describes them. Boxes are in pixels of the network's input; `detections.postprocess`
+applies thresholds and suppression and maps them to the original image.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Found:
     scores: NDArray[np.float32]
     """(n,) in 0..1."""
     classes: NDArray[np.int64]
-    """(n,); below 0 where there is nothing."""
+    """(n,); below 0 for padding."""
 
 
 ReadImage = Callable[[int], "Anchors | Found"]
@@ -190,8 +190,10 @@ YOLOV7_ANCHORS = (
 
 
 def _read_grids(anchors: Any) -> Callable[[Outputs, tuple[int, int]], ReadImage]:
-    """YOLOv5 and v7: with s = sigmoid(output), the centre is (2 s - 0.5 + cell) * stride, a side
-    (2 s) ** 2 * anchor."""
+    """Return the reader of YOLOv5 or v7's grids, by their anchors.
+
+    With s = sigmoid(output), the centre is (2 s - 0.5 + cell) * stride, a side (2 s) ** 2 * anchor.
+    """
 
     def reader(outputs: Outputs, size: tuple[int, int]) -> ReadImage:
         levels = sorted((a for a in outputs.values() if a.ndim == 5), key=lambda a: -a.shape[2])
@@ -329,10 +331,10 @@ def _only(outputs: Outputs, what: str, fits: Callable[[NDArray[Any]], bool]) -> 
     return fitting[0]
 
 
-def _unlike(outputs: Outputs, wanted: str) -> UserError:
+def _unlike(outputs: Outputs, expected: str) -> UserError:
     return UserError(
-        f"the engine's outputs ({_shapes(outputs)}) do not have {wanted}, which its output layout "
-        "promises; build it again with `trt-yolov6 build`, or name its `decoder`.",
+        f"the engine's outputs ({_shapes(outputs)}) do not have {expected}, which its output "
+        "layout promises; build it again with `trt-yolov6 build`, or name its `decoder`.",
     )
 
 
@@ -388,7 +390,7 @@ def reader(layout: OutputLayout, outputs: Outputs, size: tuple[int, int], images
     Raises:
         UserError: the outputs are not laid out so, or are for fewer images.
     """
-    # Lists of detections, which have fewer axes, are of any length.
+    # Lists of detections, which have fewer axes, may have any length.
     if any(array.ndim >= 3 and len(array) < images for array in outputs.values()):
         raise UserError(
             f"the engine's outputs ({_shapes(outputs)}) are not for the {images} images of a batch:"

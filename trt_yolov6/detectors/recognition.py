@@ -1,9 +1,9 @@
-"""Which family a graph is of, and how its outputs are laid out.
+"""Recognize a graph's family and the layout of its outputs.
 
-Several families share a layout and differ in the images they take, so shapes alone do not decide.
-What else is looked at: the metadata that exporters leave, the names of nodes and weights, and
-whether anything is computed between the last convolutions and the output. Where that does not
-decide either, the user is asked: a wrong guess would cost AP without a word.
+Several families share a layout and differ in their preprocessing, so shapes alone do not decide.
+Other evidence is the exporter's metadata, the names of nodes and weights, and the operators between
+the last convolutions and the output. If that does not decide either, the user has to: a wrong guess
+would cost AP silently.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def recognize(
     Args:
         facts: from `graph.outputs.facts_of`.
         path: of the graph, for messages.
-        decoder: a name of `FAMILIES`; None finds out.
+        decoder: a name of `FAMILIES`; None: recognized.
 
     Raises:
-        UserError: the outputs are of no known layout, not of the named family's, or of several
-            families between which only the user can choose.
+        UserError: the outputs have no known layout, not one of the named family's, or one of
+            several families among which only the user can choose.
     """
     family = None if decoder is None else family_named(decoder)
     task = facts.metadata.get("task", "detect")
@@ -66,7 +66,7 @@ def recognize(
                 f"({_listed(facts.outputs)}); it reads {', '.join(family.layouts)}.",
             )
         if {"rows", "grid_rows"} <= set(fitting):
-            # A plan does not show it; YOLOX's exporter leaves the decoding out unless asked.
+            # A plan does not show which; by default YOLOX's exporter leaves the decoding out.
             return family, "rows" if facts.decoding else "grid_rows"
         return family, fitting[0]
     choices = _families_by_evidence(facts, possible) if possible else []
@@ -112,7 +112,7 @@ def _families_by_evidence(facts: GraphFacts, possible: Sequence[OutputLayout]) -
     first = possible[0]
     if _is_ultralytics(facts):
         if facts.metadata.get("head") == "RTDETRDecoder":
-            return []  # boxes in fractions of a stretched image, though of a shape that is read
+            return []  # the shape is known, but boxes are fractions of a stretched image
         return [("yolov8", one) for one in possible if one in FAMILIES["yolov8"].layouts]
     if first in ("split_by_class", "end2end_ppyoloe") or (
         "corner_rows" in possible and _PADDLE in facts.producer
@@ -121,12 +121,12 @@ def _families_by_evidence(facts: GraphFacts, possible: Sequence[OutputLayout]) -
         # Nothing in the graph says how its images were normalized.
         return [("ppyoloe", layout), ("ppyoloe-plus", layout)]
     if first == "grids_yolov5":
-        # Nor are the anchors in it.
+        # Nor does it contain the anchors.
         return [("yolov5", "grids_yolov5"), ("yolov7", "grids_yolov7")]
     if first == "rows":
         others = (one for one in possible if one in ("columns", "best"))
         return [*_families_of_rows(facts), *(("yolov8", one) for one in others)]
-    # What suppression leaves looks alike in all of these, and so do the images they take.
+    # Families with these layouts have the same outputs and the same preprocessing.
     usual = {"efficient_nms": "yolov7", "end2end_yolov7": "yolov7"}
     usual |= {"columns": "yolov8", "best": "yolov8"}
     if first in usual:
@@ -205,7 +205,7 @@ def _possible_layouts(facts: GraphFacts) -> list[OutputLayout]:
             return ["end2end_ppyoloe"]
     if ranks == [2] and outputs[0].shape[1] == 7:
         return ["end2end" if outputs[0].name == "detections" else "end2end_yolov7"]
-    # YOLOv5's older exports have the three grids besides the decoded rows.
+    # YOLOv5's older exports also have the three grids.
     if ranks in ([3], [3, 5, 5, 5]):
         return _layouts_of_one(next(spec for spec in outputs if len(spec.shape) == 3), facts)
     return []

@@ -45,14 +45,14 @@ class Availability:
 
 @dataclass(frozen=True)
 class ImplicitCalibration:
-    """Scales that TensorRT up to 10 reads or makes, to choose by itself what runs in INT8."""
+    """Calibration of TensorRT up to 10, which then chooses by itself what runs in INT8."""
 
     cache: Path | None = None
     """A calibration cache to read; None to calibrate."""
     algorithm: Literal["entropy", "minmax"] = "entropy"
     """TensorRT's calibrator: `IInt8EntropyCalibrator2` or `IInt8MinMaxCalibrator`."""
     images: Callable[[], Iterator[NDArray[Any]]] | None = None
-    """Images as the graph takes them, one each time, float32 (1, 3, height, width)."""
+    """Yields the graph's input image by image, float32 (1, 3, height, width)."""
     new_cache: Path | None = None
     """File to write the calibrated scales to."""
     fp16: bool = False
@@ -61,7 +61,7 @@ class ImplicitCalibration:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """Settings for building a plan. A backend refuses, in a UserError, what it cannot honour."""
+    """Settings for building a plan. A backend raises UserError for those it cannot honour."""
 
     batch: BatchProfile = dataclasses.field(default_factory=BatchProfile)
     target: str | None = None
@@ -73,16 +73,16 @@ class BuildSettings:
     optimization_level: int | None = None
     """TensorRT builder optimization level, 0..5."""
     tactic_sources: tuple[str, ...] | None = None
-    """TensorRT: the libraries whose kernels it may choose, as `TacticSource` names them in lower
-    case; None for its own choice."""
+    """TensorRT: libraries to take kernels from, members of `TacticSource` in lower case; None:
+    TensorRT's default."""
     calibration: ImplicitCalibration | None = None
     """TensorRT up to 10: INT8 for a float32 graph without Q/DQ nodes."""
     fp8: bool = False
-    """The graph computes in FP8: a GPU that cannot is refused."""
+    """The graph computes in FP8; a GPU without it is refused."""
     progress: bool = True
     """Show a progress bar while building."""
     on_layers: Callable[[str], None] | None = None
-    """Called with what the builder says of the engine's layers (see `layer_log`)."""
+    """Called with the builder's description of the engine's layers (see `layer_log`)."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Run(abc.ABC):
 
     @abc.abstractmethod
     def wait(self) -> Found:
-        """Wait until it is done, once, and return the outputs by name, or what is left of them."""
+        """Wait for the end and return what was found; call it once."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class FinishedRun(Run):
 
 
 class StartedRun(Run):
-    """A run on its way, and what follows when it has been waited for."""
+    """A run in progress, and what to do when it has been waited for."""
 
     def __init__(self, finish: Callable[[], Found], done: Callable[[], None]) -> None:
         self._finish: Callable[[], Found] | None = finish
@@ -162,7 +162,7 @@ class Engine(Described, Closing):
     device: str
     """Name of the processor it runs on."""
     threads: int | None = None
-    """CPU threads it computes with, where they were chosen; None leaves it to the backend."""
+    """CPU threads, where they were chosen; None: the backend's default."""
     input: TensorSpec
     """float32 (batch, 3, height, width) or uint8 (batch, height, width, 3), as `preprocessing`
     makes them."""
@@ -170,8 +170,7 @@ class Engine(Described, Closing):
     batch: BatchProfile
     """Batch sizes it takes."""
     batch_steps: tuple[int, ...] = ()
-    """Batch sizes to run, ascending, where a new one takes seconds of compilation; () where it does
-    not."""
+    """Batch sizes to run, ascending, where each new one takes seconds of compilation; else ()."""
     note: str = ""
     """Arithmetic of the engine where it differs from its precision."""
     computed_in: PrecisionName | None = None
@@ -202,12 +201,12 @@ class Engine(Described, Closing):
         """
 
     def start(self, images: NDArray[Any], nms: NmsSettings | None = None) -> Run:
-        """Start a batch, to be waited for later; up to `in_flight` may be under way.
+        """Start a batch, to be waited for later; up to `in_flight` may run at a time.
 
         Args:
             images: as for `infer`; not to be changed before the run has been waited for.
-            nms: only what these thresholds keep is of interest. An engine on a GPU then gives
-                `Suppressed` boxes or `Candidates` where it can, instead of all outputs.
+            nms: thresholds, with which an engine on a GPU may return `Suppressed` boxes or
+                `Candidates` instead of all outputs.
 
         Raises:
             UserError: as `infer`.
@@ -217,7 +216,7 @@ class Engine(Described, Closing):
     def rows_for(self, images: int) -> int:
         """Return the batch size to run for a number of images, the rest of it padding.
 
-        It is the smallest that the engine takes or, of its `batch_steps`, the next one.
+        It is the smallest that the engine takes, or the next one of its `batch_steps`.
         """
         return next(
             (step for step in self.batch_steps if step >= images), max(images, self.batch.min)
@@ -245,12 +244,12 @@ class Engine(Described, Closing):
         Args:
             images: uint8 (height, width, 3), RGB, C-contiguous, or views of images on the GPU; not
                 to be changed or freed before the run has been waited for.
-            placed: where each goes in the input, see `data.letterbox.fit`.
+            placed: place of each in the input, see `data.letterbox.fit`.
             nms: thresholds.
-            clip: have kept boxes mapped to the images, cut off at their borders or not, see
-                `Suppressed.clip`; default: they stay in input pixels.
-            rows: of the engine's batch, more than there are images to pad it; default: as many.
-            after: an event on the GPU after which views can be read.
+            clip: map kept boxes to the images, clipped or not, see `Suppressed.clip`; default: they
+                stay in input pixels.
+            rows: batch size, padded beyond the images; default: the number of images.
+            after: event on the GPU after which views can be read.
             patient: wait for the run without using a core, some microseconds longer.
 
         Raises:
@@ -272,13 +271,13 @@ class Engine(Described, Closing):
         return None
 
     def first_non_finite(self, images: NDArray[Any]) -> str | None:
-        """Return the name of the first tensor inside that is not finite; None where untold."""
+        """Return the first tensor inside the network that is not finite; None if unknown."""
         return None
 
     def empty_input(self, rows: int) -> NDArray[Any]:
         """Return an uninitialized input array for `rows` images.
 
-        Of an engine on a GPU it lies in page-locked memory, which the GPU reads without a detour.
+        For an engine on a GPU it is page-locked memory, which the GPU reads directly.
 
         Raises:
             UserError: it takes more memory than there is.
@@ -289,16 +288,16 @@ class Engine(Described, Closing):
     def resident_run(self, images: NDArray[Any], streams: int = 1) -> Callable[[], float]:
         """Place a batch where the engine reads it and return a function that runs it once.
 
-        Each call of that function runs the engine on the resident input, waits for it to finish and
-        returns the seconds it took: no copy from or to the host is in them.
+        Each call runs the engine on the resident input, waits for the end and returns the seconds
+        it took, without copies from or to the host.
 
         Args:
             images: as for `infer`.
-            streams: on a GPU, copies of the batch that run side by side, each on a stream of its
-                own; the seconds are then those of one round, a run on every stream.
+            streams: on a GPU, copies of the batch that run concurrently, each on its own stream;
+                the seconds are then those of one run on every stream.
 
         Raises:
-            UserError: as `infer`, or several streams are asked of an engine that has none.
+            UserError: as `infer`, or the engine has no streams.
         """
 
     def layer_times(self, images: NDArray[Any], runs: int = 20) -> dict[str, float]:
@@ -318,7 +317,7 @@ class Engine(Described, Closing):
         return EngineFacts(self.path.name, self.detector, self.precision, self.backend)
 
     def described(self) -> dict[str, Any]:
-        """Return the facts of an engine that measurements state, JSON-ready."""
+        """Return the facts that measurements record of an engine, JSON-ready."""
         names = "precision", "backend", "backend_version", "device", "threads", "note"
         return {name: getattr(self, name) for name in names} | {"image_size": self.image_size}
 
@@ -330,11 +329,11 @@ class Engine(Described, Closing):
 
 def check_images(engine: Engine, images: Any) -> None:
     """Raise UserError unless an array's `shape` and `dtype` are what the engine takes."""
-    wanted = engine.input
-    if not wanted.fits(images):
-        shape = ["batch", *wanted.shape[1:]]
+    expected = engine.input
+    if not expected.fits(images):
+        shape = ["batch", *expected.shape[1:]]
         raise UserError(
-            f"{engine.path} takes {wanted.dtype} images of shape {shape}, not {images.dtype} "
+            f"{engine.path} takes {expected.dtype} images of shape {shape}, not {images.dtype} "
             f"{list(images.shape)}; prepare them with trt_yolov6.data.loader.fill_row."
         )
     check_batch(engine, images.shape[0])

@@ -1,4 +1,4 @@
-"""Graph → engine: plan and manifest, side by side, and what is refused before the work."""
+"""Build an engine from a graph: its plan and manifest, and the checks before the work."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class BuiltEngine:
 def engine_stem(graph: Graph, target: str | None = None) -> str:
     """Return an engine's descriptive name: `yolov6s-int8`, `yolov6s-fp16-320-b1`.
 
-    That is its checkpoint or ONNX file and precision, and where they are not the default, size,
-    batch, uint8 input, NMS in the graph, and the target; not again what an ONNX file's name ends
-    with already.
+    It consists of the checkpoint's or ONNX file's name, the precision and, where they are not the
+    default, size, batch, uint8 input, NMS in the graph, and the target. What an ONNX file's name
+    already ends with is not repeated.
     """
     height, width = graph.image_size
     batch = graph.batch
@@ -103,7 +103,7 @@ def check_build(backend: str, output: str | Path | None, settings: BuildSettings
 
     Raises:
         UserError: that backend is missing, refuses a setting, or does not write such a file, or
-            there (without `output`, in `engines/`) no file can be written.
+            the output (default: `engines/`) cannot be written.
     """
     name = best_backend() if backend == "auto" else backend
     backend_module(name).check(settings)
@@ -116,7 +116,7 @@ def check_build(backend: str, output: str | Path | None, settings: BuildSettings
     if output:
         check_writable(output)
         choose_manifest_path(output)
-    else:  # the engine's name is known only once its graph is
+    else:  # the engine's name depends on the graph
         check_folder(ENGINES)
     return name
 
@@ -169,7 +169,7 @@ def build_engine(
 
 
 def check_not_source(source: object, output: str | Path | None) -> None:
-    """Raise UserError where the file to write is the file that it is made of."""
+    """Raise UserError where the output is the source file."""
     if output is None or not isinstance(source, (str, os.PathLike)):
         return
     if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):

@@ -66,7 +66,7 @@ class Manifest(Described):
     schema: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as its file has it."""
+        """Return the content of the manifest's file."""
         value = dataclasses.asdict(self)
         tensors = [spec.to_json() for spec in self.tensors]
         return {**value, **value.pop("detector"), "tensors": tensors}
@@ -126,9 +126,9 @@ def write_manifest(engine_path: str | Path, manifest: Manifest) -> Path:
 def write_pair(engine_path: str | Path, plan: bytes, manifest: Manifest) -> Path:
     """Write a plan and its manifest, and return the manifest's path.
 
-    Of several processes that write one engine at once, the last one's pair is left. A process that
-    is killed leaves the old pair or the new one: until the plan is in place the new manifest is
-    kept next to it as pending, and whoever reads it next puts it in place.
+    If several processes write one engine at once, the last one's pair remains. A process that is
+    killed leaves the old pair or the new one: the new manifest is first written next to the plan as
+    pending, and put in place by the next reader.
     """
     path = Path(engine_path)
     pending = _pending(path)
@@ -165,7 +165,7 @@ def _settle(engine_path: str | Path) -> None:
 def read_manifest(engine_path: str | Path) -> Manifest | None:
     """Return the manifest of an engine, or None where none describes it.
 
-    A symbolic link without one of its own has that of the file it leads to.
+    A symbolic link without a manifest has that of its target.
 
     Raises:
         UserError: the manifest is damaged or of a newer schema.

@@ -26,9 +26,9 @@ def at_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
 
 
 def copy_notes(source: onnx.ModelProto, target: onnx.ModelProto) -> None:
-    """Give a model the metadata, such as class names, and the producer of the one it was made of.
+    """Copy a model's metadata, such as class names, and its producer to another.
 
-    ONNX's and GraphSurgeon's conversions drop them, and families are recognized by them.
+    ONNX's and GraphSurgeon's conversions drop both, by which families are recognized.
     """
     del target.metadata_props[:]
     target.metadata_props.extend(source.metadata_props)
@@ -38,9 +38,9 @@ def copy_notes(source: onnx.ModelProto, target: onnx.ModelProto) -> None:
 def bypass(graph: gs.Graph, source: gs.Tensor, result: gs.Tensor) -> None:
     """Have the readers of `result` read `source`; an output of the graph keeps its name."""
     if result in graph.outputs:
-        (maker,) = source.inputs
+        (producer,) = source.inputs
         result.inputs.clear()
-        maker.outputs = [result if item is source else item for item in maker.outputs]
+        producer.outputs = [result if item is source else item for item in producer.outputs]
         source, result = result, source
     for node in list(result.outputs):
         node.inputs = [source if item is result else item for item in node.inputs]
@@ -99,8 +99,8 @@ def add_to_bias(
         model: it is changed.
         position: the convolution's index among the graph's nodes.
         change: (output channels,)
-        own: name of the bias that it gets where it has none, or one that other nodes read.
-        dtype: type of one that it gets for none.
+        own: name of a new bias, where it has none or shares it with other nodes.
+        dtype: type of a new bias where it has none.
 
     Raises:
         ValueError: the bias is computed.

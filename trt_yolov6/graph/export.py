@@ -106,7 +106,7 @@ def export_onnx(
     Args:
         model: in training or fused form, float32, on the CPU; it is not changed.
         settings: shape, precision and ends of the graph.
-        class_names: written into the graph's metadata, so that the file speaks for itself.
+        class_names: written into the graph's metadata.
         verify: compare the graph in ONNX Runtime with the PyTorch model on a random batch.
 
     Returns:
@@ -138,7 +138,7 @@ def _composed(
     settings: ExportSettings,
     class_names: Sequence[str],
 ) -> onnx.ModelProto:
-    """Put the ends onto a traced network: decoding, NMS, normalization, half precision."""
+    """Add decoding, NMS, normalization and half precision to a traced network."""
     proto = copy.deepcopy(traced)
     _append_decoding(proto.graph, arch, settings)
     exact = tail_nodes(proto) if settings.fp16 else set()
@@ -180,7 +180,7 @@ def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
     """Trace a network with few and small images; the graph is that of any number and size."""
     arch = model.arch
     size = settings.size_for(arch)
-    # Lite's shuffles of channels are reshapes, in which the maps' sizes stand.
+    # Lite shuffles channels by reshapes, which contain the maps' sizes.
     rows, columns = _TRACED_CELLS
     small = (rows * arch.size_multiple, columns * arch.size_multiple)
     images = torch.zeros(_TRACED_BATCH, 3, *(size if arch.neck == "lite" else small))
@@ -205,9 +205,9 @@ def _trace(model: YOLOv6, settings: ExportSettings) -> onnx.ModelProto:
 def _set_shape(graph: onnx.GraphProto, profile: BatchProfile, size: tuple[int, int]) -> None:
     """Give a traced graph its number of images, fixed or free, and their size.
 
-    Images are computed one by one, along the first axis of every tensor, so the number stands in
-    the shapes of tensors and in those that reshapes give them. torch.export takes up to four times
-    as long over a free axis, so it is freed here.
+    The batch is the first axis of every tensor, so it is in the tensors' shapes and in the target
+    shapes of reshapes. torch.export takes up to four times as long with a free axis, so it is freed
+    here.
     """
     traced = [axis.dim_value for axis in graph.input[0].type.tensor_type.shape.dim[2:]]
     stored = {item.name for item in graph.initializer}
@@ -266,7 +266,7 @@ def _name_nodes(proto: onnx.ModelProto) -> None:
 
 
 def _use_older_operators(proto: onnx.ModelProto) -> None:
-    """Write what only opset 18 can say as opset 17 can, too; this is also how others export it."""
+    """Replace what needs opset 18 by what opset 17 has, as other exporters do."""
     shapes = shapes_of(proto)
     for node in proto.graph.node:
         if node.op_type == "ReduceMean":
@@ -310,8 +310,7 @@ def box_factors(arch: Architecture, stride: int) -> tuple[NDArray[np.float32], N
     """Return factor and shift that export folded into the box convolutions.
 
     Both are float32 (4 * (reg_max + 1),), for the level of a stride. Strides are powers of two, so
-    nothing is rounded. With DFL the softmax stands between, and the factor has to be applied after
-    it.
+    nothing is rounded. With DFL a softmax comes first, so the factor has to be applied after it.
     """
     channels = 4 * (arch.reg_max + 1)
     factor, shift = np.ones(channels, np.float32), np.zeros(channels, np.float32)
@@ -329,7 +328,7 @@ def _anchors(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return anchor points in pixels, float32 (anchors, 2), and their strides (anchors, 1)."""
     height, width = size
-    # Convolutions of stride 2 round up, which shows in Lite's coarsest level.
+    # Convolutions of stride 2 round up, which matters in Lite's coarsest level.
     sizes = [(-(-height // stride), -(-width // stride)) for stride in level_strides]
     points, strides = anchor_points(sizes, cell_offset, torch.zeros(()), level_strides)
     return (points * strides).numpy().T, strides.numpy().T
@@ -340,12 +339,12 @@ _DFL_LIMIT = 80.0
 1.5e37, which float32 still holds."""
 
 _BOXES = {
-    # The strides and the signs of distances are in the weights.
+    # Strides and signs of distances are folded into the weights.
     "distances": "boxes = Add (reg, anchor_points)",
     # DFL: each distance is the expectation over reg_max + 1 bins (Section 2.3.2), a quotient of two
-    # sums of exponentials. One product with a matrix adds up both for all four sides; TensorRT's
-    # Softmax over so few bins takes seven times as long (H100, batch 32). Logits are cut at limits,
-    # which keep the sums finite.
+    # sums of exponentials. One matrix product computes both for all four sides; TensorRT's
+    # Softmax over so few bins takes seven times as long (H100, batch 32). Clipping the logits keeps
+    # the sums finite.
     "dfl": """
         dfl_logits = Clip (reg, dfl_lowest, dfl_highest)
         dfl_exponentials = Exp (dfl_logits)
@@ -395,10 +394,10 @@ def _append_decoding(graph: onnx.GraphProto, arch: Architecture, settings: Expor
     points, strides = _anchors(
         settings.size_for(arch), arch.strides, 0.0 if arch.head == "offset" else 0.5
     )
-    # After the concatenation, whose kernel waits for memory anyway. Right after the convolutions
-    # TensorRT-RTX fuses it with them; the largest then took 139 us (H200, N, batch 32), ten times
-    # what moving its data takes. A zero in a shape copies the axis, so that the batch stays free
-    # without any shape arithmetic.
+    # The sigmoid comes after the concatenation, whose kernel waits for memory anyway. TensorRT-RTX
+    # would fuse it with the convolutions, the largest of which then took 139 us (H200, N, batch
+    # 32), ten times as long as moving its data. A zero in a shape copies the axis, so the batch
+    # stays free without shape arithmetic.
     bins = arch.reg_max + 1
     shapes = {"cls": [0, -1, arch.num_classes], "reg": [0, -1, 4 * bins]}
     constants: dict[str, NDArray[Any]] = {"anchor_points": points[None]}
@@ -464,11 +463,11 @@ def _prepend_normalization(
     graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info(*images))
 
 
-def _parsed(room: str, text: str) -> list[onnx.NodeProto]:
-    """Return nodes of ONNX's textual syntax, named after what they make, such as `decode/boxes`."""
-    nodes = list(onnx.parser.parse_graph(f"{room} () => () {{\n{text}\n}}").node)
+def _parsed(scope: str, text: str) -> list[onnx.NodeProto]:
+    """Return nodes of ONNX's textual syntax, named after their outputs, such as `decode/boxes`."""
+    nodes = list(onnx.parser.parse_graph(f"{scope} () => () {{\n{text}\n}}").node)
     for node in nodes:
-        node.name = f"{room}/{node.output[0]}"
+        node.name = f"{scope}/{node.output[0]}"
     return nodes
 
 
@@ -494,7 +493,7 @@ def _finish(
         del part.metadata_props[:]
     for node in graph.node:
         node.doc_string = ""
-    # Nothing in the graph differs between opset 17 and 18, so the lower one is only a stamp.
+    # The graph is the same in opset 17 and 18, so only the stamp differs.
     proto.opset_import[0].version = settings.opset
     proto.producer_name, proto.producer_version = "trt-yolov6", __version__
     graph.name = name
@@ -528,7 +527,7 @@ def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> 
     outputs = session.run(None, {"images": pixels if settings.uint8_input else planar})
     # Measured on the sample: 1e-6 in float32 and 2e-3 in half precision, of the largest value.
     limit = 2e-2 if settings.fp16 else 1e-4
-    for name, got, wanted, scale in zip(
+    for name, got, expected, scale in zip(
         ("boxes", "scores"),
         outputs,
         (boxes.mT.numpy(), scores.mT.numpy()),
@@ -536,7 +535,7 @@ def _verify(proto: onnx.ModelProto, model: YOLOv6, settings: ExportSettings) -> 
         (max(*size, float(boxes.abs().max())), max(1, largest / 16)),
         strict=True,
     ):
-        error = float(np.abs(got - wanted).max()) / scale
+        error = float(np.abs(got - expected).max()) / scale
         if not error <= limit:
             raise UserError(
                 f"the exported graph's {name} differ from the PyTorch model's by {error:.2g} of "

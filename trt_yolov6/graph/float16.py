@@ -67,8 +67,8 @@ def _remove_bounces(graph: gs.Graph) -> None:
 
 
 def _is_cast(node: gs.Node, dtype: type[np.generic]) -> bool:
-    wanted = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    return bool(node.op == "Cast" and node.attrs["to"] in (wanted, dtype))
+    onnx_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return bool(node.op == "Cast" and node.attrs["to"] in (onnx_type, dtype))
 
 
 def tail_nodes(model: onnx.ModelProto) -> set[str]:
@@ -80,8 +80,8 @@ def tail_nodes(model: onnx.ModelProto) -> set[str]:
     """
     tail = nodes_after_layers(model)
     if [item.name for item in model.graph.output] == ["boxes", "scores"]:
-        wanted = GraphIndex(model).ancestors(["boxes"])
-        tail = [node for node in tail if wanted.intersection(node.output)]
+        before_boxes = GraphIndex(model).ancestors(["boxes"])
+        tail = [node for node in tail if before_boxes.intersection(node.output)]
     # Moving half-precision values needs no other precision; computing with them does.
     float32: set[str] = set()
     names = set()

@@ -1,7 +1,7 @@
 """Look-ups in an ONNX graph: producers, readers, constants, attributes, shapes, subgraphs, tail.
 
-All of it reads the protobuf messages themselves. onnx_ir converts a model into objects of its own
-and back, which rewrites every byte of it, and costs more time than most of these look-ups.
+They read the protobuf messages directly: onnx_ir converts a model into its own objects and back,
+which rewrites every byte and takes longer than most of these look-ups.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ class GraphIndex:
         return None
 
     def gated(self, node: onnx.NodeProto) -> tuple[str, onnx.NodeProto] | None:
-        """Return the tensor that a node multiplies by a function of it, and what computes that.
+        """Return the tensor that a node multiplies by a function of it, and the function's node.
 
-        The function is Sigmoid in SiLU. None for other nodes.
+        In SiLU that is a Sigmoid. None for other nodes.
         """
         if node.op_type == "Mul":
             for source, name in (node.input, reversed(node.input)):
@@ -112,7 +112,7 @@ class GraphIndex:
 
 
 def nodes_after_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """Return the nodes that no convolution or matrix product comes after, in the graph's order."""
+    """Return the nodes that no convolution or matrix product follows, in the graph's order."""
     graph = GraphIndex(model)
     ahead = graph.ancestors([n.output[0] for n in graph.nodes if n.op_type in WEIGHTED_OPS])
     return [node for node in graph.nodes if not ahead.intersection(node.output)]

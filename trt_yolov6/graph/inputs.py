@@ -1,10 +1,10 @@
-"""Leave a graph one input, images in float32 or uint8, whatever else its exporter made inputs.
+"""Reduce a graph's inputs to one: images in float32 or uint8.
 
-PaddleDetection's take the factor that an image was resized by (`scale_factor`), to give boxes in
-the original image, and some its size (`im_shape`). With a factor of 1 boxes come in input pixels,
-as elsewhere. Before version 4 of the format, weights had to be inputs, too, and some exporters
-still write them so; ONNX Runtime then folds nothing into them, and conversions leave them out.
-Ultralytics' exports in half precision take the image in that.
+PaddleDetection's graphs also take an image's resize factor (`scale_factor`), to return boxes in the
+original image, and some its size (`im_shape`). With a factor of 1, boxes are in input pixels, as
+elsewhere. Before version 4 of the format, weights had to be inputs, too, as some exporters still
+write them; ONNX Runtime then folds nothing into them, and conversions leave them out. Ultralytics'
+exports in half precision take half-precision images.
 """
 
 from __future__ import annotations

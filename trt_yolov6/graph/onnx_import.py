@@ -142,24 +142,24 @@ def _class_names(path: Path, names: tuple[str, ...] | None, count: int | None) -
 
 
 def _fixed_size(
-    path: Path, sides: Sequence[int | None], wanted: tuple[int, int] | None
+    path: Path, sides: Sequence[int | None], requested: tuple[int, int] | None
 ) -> tuple[int, int]:
-    if wanted is None:
+    if requested is None:
         if None in sides:
             raise UserError(f"{path} leaves its image size free; fix it with `image_size`.")
-        wanted = (sides[0] or 0, sides[1] or 0)
-    elif any(own is not None and own != asked for own, asked in zip(sides, wanted, strict=True)):
+        requested = (sides[0] or 0, sides[1] or 0)
+    elif any(own not in (None, asked) for own, asked in zip(sides, requested, strict=True)):
         raise UserError(
-            f"{path} takes images of {sides[0]}x{sides[1]}, not {wanted[0]}x{wanted[1]}; leave "
-            "`image_size` out, or export it again.",
+            f"{path} takes images of {sides[0]}x{sides[1]}, not {requested[0]}x{requested[1]}; "
+            "leave `image_size` out, or export it again.",
         )
-    return wanted
+    return requested
 
 
-def _fixed_batch(path: Path, own: int | None, wanted: BatchProfile | None) -> BatchProfile:
+def _fixed_batch(path: Path, own: int | None, requested: BatchProfile | None) -> BatchProfile:
     if own is None:
-        return wanted or BatchProfile()
-    if wanted and (wanted.min, wanted.max) != (own, own):
+        return requested or BatchProfile()
+    if requested and (requested.min, requested.max) != (own, own):
         raise UserError(
             f"{path} takes batch {own} only; leave `batch` out, or export it again "
             "with a free batch axis.",

@@ -164,7 +164,7 @@ def fuse_rep_conv(block: RepConv) -> ConvAct:
 
 
 def fuse_qarep_conv(block: QARepConv) -> ConvAct:
-    """Fold the four branches of a block, and what normalizes their sum, into one convolution."""
+    """Fold the four branches of a block and the normalization of their sum into one convolution."""
     kernel, bias = _branch(block.dense)
     kernel = kernel + F.pad(block.pointwise.weight.detach().double(), (1, 1, 1, 1))
     if block.average is not None:

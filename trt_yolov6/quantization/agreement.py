@@ -39,10 +39,9 @@ def agreement(
 
 
 def least_score(reference: Sequence[Detections], confident: float) -> float:
-    """Return the score from which on a reference detection counts: `confident`, in 0..1.
+    """Return the least score of a reference detection that counts: `confident`, in 0..1.
 
-    Where none reaches it, as on images of another kind than the network was trained on, those count
-    that score at least half as high as the best.
+    If none reaches it, as on images unlike those of the training, it is half of the best score.
     """
     best = max((float(one.confidence.max(initial=0)) for one in reference), default=0.0)
     return best / 2 if 0 < best < confident else confident

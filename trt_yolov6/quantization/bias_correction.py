@@ -1,8 +1,8 @@
-"""Bias correction: take from each quantized convolution the mean error that its rounding adds.
+"""Bias correction: subtract the mean error that rounding adds to each convolution's output.
 
-Rounded weights are off by a constant, so a layer's outputs are off in the mean wherever its inputs'
-mean is not zero, as after a ReLU (Nagel et al. 2019, "Data-free quantization through weight
-equalization and bias correction", section 4.2). A bias can take that back.
+Rounded weights have constant errors, so the mean of a layer's outputs shifts wherever the mean of
+its inputs is not zero, as after a ReLU (Nagel et al. 2019, "Data-free quantization through weight
+equalization and bias correction", section 4.2). The bias can compensate that.
 
 Correcting layer by layer, each after the corrected ones before it, needs a pass over the images
 for every layer. Correcting all by what one pass shows counts an early error in each later layer.
@@ -41,10 +41,10 @@ def without_mean_rounding(
     quantized_model: onnx.ModelProto,
     means: Mapping[str, NDArray[np.float64]],
 ) -> onnx.ModelProto:
-    """Return the Q/DQ graph whose biases take back what rounding its weights adds in the mean.
+    """Return the Q/DQ graph whose biases compensate the mean errors of rounded weights.
 
-    No image is needed, and of the mean errors the part that activations make stays. Without it,
-    forms of a graph could not be compared whose tensors have other means.
+    It needs no image, and leaves the mean errors of rounded activations. Without it, forms of a
+    graph whose tensors have different means could not be compared.
 
     Args:
         float_model: the float32 graph that was quantized, after equalization.

@@ -1,7 +1,7 @@
-"""Calibrators: from a tensor's statistics to the magnitude that INT8's 127 or FP8's 448 stands for.
+"""Calibrators: from a tensor's statistics to the magnitude that INT8's 127 or FP8's 448 represents.
 
-All are pure functions of what `collect` remembers. Activations are quantized symmetrically with one
-scale a tensor, amax / 127 or amax / 448, and zero point 0.
+All are pure functions of the statistics that `collect` returns. Activations are quantized
+symmetrically with one scale a tensor, amax / 127 or amax / 448, and zero point 0.
 """
 
 from __future__ import annotations
@@ -99,9 +99,8 @@ def group_amax(
 ) -> dict[str, float]:
     """Return the clipping magnitude of every tensor, one for each group that shares a scale.
 
-    A group is calibrated as a single tensor of all its members' values, so that a member of zeros,
-    or a small one, neither widens nor narrows the range by itself. With `minmax` that is the
-    largest of the members' ranges.
+    A group is calibrated as a single tensor of all its members' values, so a member of zeros, or a
+    small one, does not decide the range. With `minmax` it is the largest of the members' ranges.
 
     Args:
         statistics: by tensor.
@@ -123,21 +122,19 @@ def group_amax(
             amax = amax_of(pooled(known), method, quantized)
             shared.update(dict.fromkeys(group, amax))
     single = {
-        name: amax_of(item, method, quantized)
+        name: shared[name] if name in shared else amax_of(item, method, quantized)
         for name, item in statistics.items()
-        if name not in shared
     }
-    names = [*statistics, *(name for name in shared if name not in statistics)]
-    return {name: shared[name] if name in shared else single[name] for name in names}
+    return single | shared
 
 
 def margin_amax(statistics: TensorStatistics, quantized: QuantizedType) -> float:
     """Return min-max with a margin for images that were not seen.
 
-    Where channels were made to have the same range, an image that takes one channel beyond it is
-    clipped, and of hundreds of channels some nearly always are. How far, those images tell that
-    reached furthest in each channel (`TensorStatistics.reaches`). A wider range costs resolution:
-    the margin has the least sum of squared errors, by rounding and by what is expected beyond.
+    If channels have equal ranges, an image that exceeds one of them is clipped, which nearly every
+    image does in some of hundreds of channels. The images that reach furthest in each channel show
+    by how much (`TensorStatistics.reaches`). A wider range costs resolution: the margin minimizes
+    the sum of squared errors by rounding and by expected clipping.
     """
     reaches = statistics.reaches
     if reaches is None or reaches.max(initial=0) <= statistics.amax:
@@ -152,8 +149,8 @@ def margin_amax(statistics: TensorStatistics, quantized: QuantizedType) -> float
 def percentile_amax(statistics: TensorStatistics, percentile: float = PERCENTILE) -> float:
     """Return the magnitude that `percentile` per cent of the values do not exceed, zeros included.
 
-    Linear within a bin. Where the answer falls into the lowest bin, as in a tensor that is almost
-    nowhere different from zero, it would clip all that the tensor has to say: then nothing is.
+    Linear within a bin. In the lowest bin, as in a tensor that is zero almost everywhere, it would
+    clip all information: then it is the largest magnitude.
     """
     below = np.cumsum(statistics.histogram)
     rank = percentile / 100 * below[-1]
@@ -167,8 +164,8 @@ def percentile_amax(statistics: TensorStatistics, percentile: float = PERCENTILE
 def mse_amax(statistics: TensorStatistics, quantized: QuantizedType) -> float:
     """Return the clipping magnitude of the least mean squared quantization error.
 
-    Found among 64 magnitudes from amax/64 to amax, on a histogram of a quarter of the bins, and
-    then among 31 around the best of them.
+    It is searched for among 64 magnitudes from amax/64 to amax, on a histogram of a quarter of the
+    bins, and then among 31 around the best of these.
     """
     amax, coarse = statistics.amax, 64
     quarter = statistics.histogram[: -(-statistics.bins_in_use // 4) * 4].reshape(-1, 4).sum(axis=1)

@@ -1,6 +1,6 @@
 """One pass over the calibration images: statistics of any tensors of a graph.
 
-ONNX Runtime computes image after image with the wanted tensors as further outputs; a thread counts
+ONNX Runtime computes image after image with the tensors as further outputs; a thread counts
 one image's values while the next image is computed. Memory does not grow with the images.
 """
 
@@ -53,11 +53,11 @@ def collect(
         ValueError: the graph has no such tensor, or it holds no floats.
     """
     check_weights(model)
-    wanted = list(dict.fromkeys(tensors))
-    session = _session(model, wanted)
+    names = list(dict.fromkeys(tensors))
+    session = _session(model, names)
     source = session.get_inputs()[0].name
-    run = runner(session, (name for name in wanted if name != source))
-    accumulators = {name: Accumulator(name, copies) for name in wanted}
+    run = runner(session, (name for name in names if name != source))
+    accumulators = {name: Accumulator(name, copies) for name in names}
     pending: Future[None] | None = None
     number = 0
     with ThreadPoolExecutor(1, thread_name_prefix="statistics") as worker:

@@ -1,10 +1,10 @@
 """Displacement by quantization of the float network's confident boxes and scores.
 
-Agreement counts matches, so that a small change shows in some images only. Movements of the anchors
-that the float network gives a score are sums over thousands of values: they tell two quantized
-graphs apart, and what each layer does to the detections, from a few images. A layer's own
-signal-to-noise ratio does not: two of YOLOX-Nano's hundred layers make 70 % of the movement, and
-neither is among its noisiest.
+Agreement counts matches, so a small change shows only in some images. The mean movement of
+confident anchors is over thousands of values: from a few images, it distinguishes two quantized
+graphs, and shows each layer's effect on the detections. A layer's own signal-to-noise ratio does
+not: two of YOLOX-Nano's hundred layers cause 70 % of the movement, and neither is among its
+noisiest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ SEEN = 0.2
 
 _FEWEST_ANCHORS = 3
 """Anchors watched in an image without such scores: its best."""
-
 
 _Watched = tuple["NDArray[np.intp]", "NDArray[np.float64]", "NDArray[np.float64]"]
 """Places, boxes and scores of an image's confident anchors."""
@@ -48,8 +47,9 @@ class Displacement:
         self._batches.append([_watched(one) for one in self._anchors(outputs, images)])
 
     def moved(self, batch: int, outputs: Outputs) -> NDArray[np.float64]:
-        """Return for each watched anchor 1 - IoU with the float box, plus the largest change of a
-        class's score; from 0 (nothing moves) to 2.
+        """Return how far each watched anchor has moved, from 0 to 2.
+
+        That is 1 - IoU with the float box plus the largest change of a class's score.
 
         Args:
             batch: index among those watched.

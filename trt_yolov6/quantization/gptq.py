@@ -1,15 +1,15 @@
 """Adaptive rounding: choose INT8 weights so that the layer's output, not the weight, is nearest.
 
-Rounding every weight to the nearest level ignores that errors of weights which read correlated
-inputs add up or cancel. AdaRound (Nagel et al. 2020, "Up or down?", equation 21) learns for each
-weight whether to round up or down, by thousands of gradient steps a layer. The same layer-wise
-objective is a quadratic form in the weights' errors, with the inputs' second moments as its matrix,
-and can be solved greedily in closed form: round one column of weights, spread its error optimally
-over those still free, go on with the next (Frantar et al. 2023, "GPTQ", section 3). That takes
-seconds, needs no learning rate, is not bound to the two nearest levels, and gives the same bytes
-each time, so it is what is done here.
+Rounding every weight to the nearest level ignores that errors of weights with correlated inputs add
+up or cancel. AdaRound (Nagel et al. 2020, "Up or down?", equation 21) learns for each weight
+whether to round up or down, in thousands of gradient steps per layer. The same layer-wise objective
+is a quadratic form in the weights' errors, with the inputs' second moments as its matrix, and can
+be solved greedily in closed form, as here: round one column of weights, compensate its error
+optimally in the columns still free, continue with the next (Frantar et al. 2023, "GPTQ", section
+3). That takes seconds, needs no learning rate, is not limited to the two nearest levels, and is
+deterministic.
 
-The matrix is the inputs' covariance: what a layer's mean output moves, its bias takes back.
+The matrix is the inputs' covariance, since the bias compensates shifts of a layer's mean output.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ def adapt_rounding(
     Args:
         float_model: the float32 graph that was quantized, after equalization.
         quantized_model: made from it by `insert_qdq`, tensors called as there; it is not changed.
-        images: a few dozen inputs of the graph. There is a pass over them for each 160 MiB of
-            sums of products.
+        images: a few dozen inputs of the graph, with one pass over them for each `_SUMS_BYTES`.
     """
     result = copy.deepcopy(quantized_model)
     stored = constants_of(result)
@@ -126,8 +125,10 @@ class _Job:
 
     @property
     def bytes(self) -> int:
-        """Memory for the sums and the sums of products, at most: how many positions there are, and
-        so whether `_Overlaps` adds them up, only an image shows."""
+        """Upper bound of the memory for the sums and the sums of products.
+
+        Only an image shows whether `_Overlaps` is used.
+        """
         starts = range(0, self.columns, _TRIANGLE_ROWS)
         values = sum(min(_TRIANGLE_ROWS, self.columns - s) * (self.columns - s) for s in starts)
         found = self._groups * (values + self.columns) * (4 if self._reads_codes else 8)
@@ -202,8 +203,7 @@ class _Job:
     def rounded(
         self,
     ) -> tuple[NDArray[np.int8], NDArray[np.floating[Any]] | None, NDArray[np.float64]]:
-        """Return the levels of the weights, their scale if it is another one, and by how much they
-        move the mean output."""
+        """Return the levels, the scale if it is a new one, and the shift of the mean output."""
         mean, covariance = self._moments()
         rows = torch.from_numpy(self._to_rows(self._weight).astype(np.float64))
         spread = np.broadcast_to(self.layer.scale, self._weight.shape)

@@ -1,7 +1,7 @@
-"""Ranges for TensorRT's implicit quantization, which wants one for nearly every tensor.
+"""Ranges for TensorRT's implicit quantization, which needs one for nearly every tensor.
 
-With Q/DQ pairs, what stands between a convolution and the quantized tensor has no scale of its own.
-Without them, TensorRT takes a layer as INT8 only where all that it reads and writes has one.
+With Q/DQ pairs, tensors between a convolution and the quantized tensor have no scale. Without
+pairs, TensorRT runs a layer in INT8 only if all its inputs and outputs have one.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from trt_yolov6.quantization.table import CalibrationTable
 def implicit_ranges(
     table: CalibrationTable, graph: Graph, folder: str | Path, settings: QuantizationSettings
 ) -> dict[str, float]:
-    """Return the range of each tensor that TensorRT is to have in INT8, the table's own first.
+    """Return the range of each tensor that TensorRT may quantize, the table's own first.
 
     Args:
-        table: what calibrating gave.
-        graph: the float graph that the ranges are for.
-        folder: the images that it was calibrated on.
-        settings: how it was calibrated.
+        table: result of the calibration.
+        graph: the float graph.
+        folder: the calibration images.
+        settings: settings of the calibration.
     """
     known = dict(table.amax)
     # A layer whose output has no range stays in float.
@@ -42,9 +42,9 @@ def implicit_ranges(
 
 
 def inner_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Return the maps that layers read, and what comes between them, in the graph's order.
+    """Return the maps that layers read and those in between, in the graph's order.
 
-    What the last layers make, and all after them, is left out: predictions stay in float.
+    Outputs of the last layers and all that follows are left out: predictions stay in float.
     """
     known = onnx.shape_inference.infer_shapes(model)
     shapes, types, graph = shapes_of(known), types_of(known), GraphIndex(model)

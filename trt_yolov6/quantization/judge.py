@@ -1,4 +1,4 @@
-"""Which of two quantized graphs is the better one, told from images without labels."""
+"""Compare quantized graphs by their detections in images without labels."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ class ImageSplit:
 
 
 def split_images(paths: Sequence[Path]) -> tuple[ImageSplit, ...]:
-    """Part images: every other one calibrates, the rest judges; of few, the reverse as well.
+    """Split images: every other one calibrates, the rest judges; if they are few, also the reverse.
 
     Args:
-        paths: sorted; neighbours are often alike, so that both parts see of everything.
+        paths: sorted; neighbours are often alike, so both halves have some of each kind.
 
     Returns:
         The folds, mostly one: candidates are made from each fold's `calibrate` and judged on its
@@ -87,24 +87,24 @@ def split_images(paths: Sequence[Path]) -> tuple[ImageSplit, ...]:
 
 
 def images_to_build_from(folds: Sequence[ImageSplit]) -> tuple[Path, ...]:
-    """Return the images that what is built is made from, sorted: of several folds, all."""
+    """Return the images that the built graph is made from, sorted: with several folds, all."""
     return tuple(sorted({path for fold in folds for path in fold.calibrate}))
 
 
 def batches_of(graph: Graph, paths: Sequence[Path], border: int = 0) -> Iterator[NDArray[Any]]:
-    """Yield what the graph takes for one image after the other, with a gray border or without."""
+    """Yield the graph's input for one image after the other, with a gray border if asked for."""
     return calibration_batches(
         paths, input_spec(graph.model), border=border, preprocessing=graph.preprocessing
     )
 
 
 def least_agreement(max_ap_drop: float) -> float:
-    """Return the agreement with the float network that an AP drop stands for, in the mean.
+    """Return the agreement with the float network that an AP drop corresponds to on average.
 
-    Found on YOLOv6Lite-L, over twenty-one ways to quantize it: relative AP lost is about
-    (1 - agreement) ** 1.7. The AP is taken for 0.5, since images without labels do not give it.
-    Of five networks in twelve ways, at agreements of 0.95 to 0.983, it says a drop of 0.19 points
-    in the mean, where 129 to 192 labelled images showed 0.19 with a standard deviation of 0.30.
+    Fitted to twenty-one ways to quantize YOLOv6Lite-L: the relative loss of AP is about
+    (1 - agreement) ** 1.7. An AP of 0.5 is assumed, since images without labels do not give it.
+    For five networks quantized in twelve ways, with agreements of 0.95 to 0.983, it predicts a mean
+    drop of 0.19 points; 129 to 192 labelled images showed 0.19, standard deviation 0.30.
 
     Args:
         max_ap_drop: in AP points (hundredths), above 0.
@@ -120,7 +120,7 @@ def least_agreement(max_ap_drop: float) -> float:
 
 
 class LabelledScore(Protocol):
-    """COCO AP of forms of a graph on labelled images, as `sensitivity_report.LabelledAp` has it."""
+    """COCO AP of forms of a graph on labelled images, see `sensitivity_report.LabelledAp`."""
 
     def __call__(self, model: onnx.ModelProto) -> float:
         """Return a form's AP, 0..1."""
@@ -140,14 +140,14 @@ _Seen = tuple[list[Detections], "NDArray[np.float64] | None"]
 class Judge:
     """Compares quantized graphs with the float one on calibration images, a few dozen at most.
 
-    What is told are detections, since the engine's user sees nothing else: the quantized graph's AP
-    against the float network's from some confidence on, the mean over `CONFIDENCES`. What decides
-    is `loss`: matches are few, and which of two near graphs has more of them is mostly chance.
+    It reports the agreement of detections, since an engine's user sees nothing else: the quantized
+    graph's AP against the float network's confident detections, averaged over `CONFIDENCES`. It
+    decides by `loss`: matches are few, and which of two near graphs has more is mostly chance.
     """
 
     def __init__(self, graph: Graph, paths: Sequence[Path], border: int = 0) -> None:
         self._images = list(batches_of(graph, paths, border))
-        # A fixed batch is filled up with images that have been counted.
+        # A fixed batch is filled up with images that are counted already.
         size = len(self._images[0])
         self._sizes = [min(size, len(paths) - first) for first in range(0, len(paths), size)]
         self._preprocessing = graph.preprocessing
@@ -174,7 +174,7 @@ class Judge:
         return len(self.reference)
 
     def thinned(self) -> Judge:
-        """Return a judge by every other image, if there are enough; they share what they see."""
+        """Return a judge by every other image, if there are enough; both share their cache."""
         result = copy.copy(self)
         if self.images >= FEWEST_TO_PART:
             result._batches = self._batches[::2]
@@ -191,8 +191,8 @@ class Judge:
     def harmless_agreement(self) -> float:
         """Return the float network's likely agreement with itself on images with a little noise.
 
-        Noise of `HARMLESS_NOISE` costs no AP, so an agreement this high, counted as in
-        `likely_agreement`, is as good as the comparison can tell.
+        Noise of `HARMLESS_NOISE` costs no AP, so a higher agreement, counted as in
+        `likely_agreement`, says nothing more.
         """
         values = []
         for seed in range(2):
@@ -206,8 +206,10 @@ class Judge:
         return self._judged(model)[0]
 
     def loss(self, model: onnx.ModelProto) -> float:
-        """Return how far a graph is from the float one, 0 or more: the mean displacement of its
-        confident anchors or, with NMS inside, what is missing of the agreement; cached."""
+        """Return a graph's distance from the float one, 0 or more; cached.
+
+        It is the mean displacement of confident anchors or, with NMS inside, 1 - agreement.
+        """
         return self._judged(model)[1]
 
     def _judged(self, model: onnx.ModelProto) -> tuple[list[Detections], float]:
@@ -231,7 +233,7 @@ class Judge:
         noise: np.random.Generator | None = None,
     ) -> Iterator[tuple[list[Detections], Outputs]]:
         """Yield detections and outputs of one batch after the other, with noise or without."""
-        # Whole numbers, as the engine will add them up; and they are faster than dequantized ones.
+        # Exact integer sums, as in the engine; they are also faster than dequantized ones.
         run = runner(reference_session(with_integer_convolutions(model)))
         whole = fit(self._image_size, self._image_size)
         for batch in batches:
@@ -254,8 +256,10 @@ def pooled_agreement(judged: Judged, confidences: Sequence[float] = CONFIDENCES)
 
 
 def likely_agreement(judged: Judged) -> float:
-    """Return the agreement, from the highest of `CONFIDENCES` on, that other images would show in
-    nine of ten cases: the lower end of an interval, as images that judge are few."""
+    """Return the agreement that other images would reach in nine of ten cases.
+
+    It is the lower end of an interval, with the highest of `CONFIDENCES`.
+    """
     return pooled_interval(judged, CONFIDENCES[-1:], SURE).low
 
 
@@ -264,7 +268,7 @@ def pooled_interval(
 ) -> Interval:
     """Return `pooled_agreement` with its bootstrap interval over the images.
 
-    Where the float network detects nothing, or the other neither, all three are the agreement.
+    Where either network detects nothing, all three values are the agreement.
     """
     whole, scored = pooled_agreement(judged, confidences), _scored(judged, confidences)
     images = scored[0].images
@@ -280,10 +284,10 @@ def pooled_interval(
 def pooled_gain(judged: Judged, before: Judged) -> Interval:
     """Return by how much the agreement is higher than that of other detections.
 
-    Both are resampled alike, so that the interval is far narrower than that of either.
+    Both are resampled alike, so the interval is far narrower than that of either.
 
     Args:
-        judged: detections of the one graph in the images of judges.
+        judged: detections of one graph in the images of judges.
         before: those of the other in the same images.
     """
     pairs = list(zip(_scored(judged), _scored(before), strict=True))

@@ -68,13 +68,13 @@ def learned_of(model: onnx.ModelProto) -> Learned:
 
 
 def as_built(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """Return a Q/DQ graph with scales that `insert_qdq` makes of ranges in float32, and the ranges.
+    """Return a Q/DQ graph with the scales that `insert_qdq` makes of its ranges, and the ranges.
 
-    A calibration table holds ranges, and a learned scale may differ from what its range stands for
-    in the last bit.
+    Calibration tables hold float32 ranges, whose scales may differ from learned ones in the last
+    bit.
 
     Returns:
-        The graph, and the range of each quantized tensor as calibration tables have it.
+        The graph, and the range of each quantized tensor.
     """
     result = copy.deepcopy(model)
     constants = constants_of(result)

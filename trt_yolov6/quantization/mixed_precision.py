@@ -75,7 +75,7 @@ def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
 
     Run time is the larger of what computing and what moving the data takes on a T4 (roofline: 65
     TFLOPS in half precision, 320 GB/s, batch 32). INT8 halves either, so that shares are the same.
-    A depthwise convolution with one hundredth of the multiply-adds may take as long as a dense one.
+    A depthwise convolution may take as long as a dense one of a hundred times its multiply-adds.
 
     Raises:
         UserError: the graph's shapes cannot be inferred.
@@ -101,19 +101,19 @@ def layer_costs(model: onnx.ModelProto) -> dict[str, LayerCost]:
 def tensors_for_any_choice(model: onnx.ModelProto) -> tuple[str, ...]:
     """Return the tensors whose ranges are enough for any choice of float layers.
 
-    With other layers in float, pairs move: after a concatenation rather than before it, to the
-    other term of an addition. The model is the float graph.
+    The float layers decide where pairs stand: before a concatenation or after it, on one term of an
+    addition or the other. `model` is the float graph.
     """
-    wanted = set(place(model, requantize=True).tensors)
+    needed = set(place(model, requantize=True).tensors)
     graph = GraphIndex(model)
-    wanted.update(
+    needed.update(
         name
         for node in graph.nodes
-        if node.op_type in ("Add", "Sum") and is_quantized_after(graph, node, wanted)
+        if node.op_type in ("Add", "Sum") and is_quantized_after(graph, node, needed)
         for name in node.input
         if name not in graph.constants
     )
-    return tuple(name for name in graph.order if name in wanted)
+    return tuple(name for name in graph.order if name in needed)
 
 
 def most_sensitive(names: tuple[str, ...], count: int) -> tuple[str, ...]:
@@ -130,11 +130,11 @@ def most_sensitive(names: tuple[str, ...], count: int) -> tuple[str, ...]:
 def rankings(
     distortions: Mapping[str, Distortion], costs: Mapping[str, LayerCost]
 ) -> tuple[tuple[str, ...], ...]:
-    """Return orders in which layers may be left in float, the first to be first.
+    """Return orders in which to leave layers in float, the most sensitive first.
 
-    By signal-to-noise ratio, by mean squared error, and by noise to signal for the run time and
-    for its root: the noise of several layers does not simply add up at the output, and which order
-    serves best differs from network to network and from budget to budget.
+    By noise to signal, by mean squared error, and by noise to signal over the run time's root and
+    over the run time: the noise of several layers does not simply add up at the output, and the
+    best order differs between networks and budgets.
     """
 
     def noise_to_signal(name: str) -> float:
@@ -152,14 +152,14 @@ def rankings(
 def rankings_by_displacement(
     displacements: Mapping[str, float], costs: Mapping[str, LayerCost]
 ) -> tuple[tuple[str, ...], ...]:
-    """Return orders in which layers may be left in float, by what each does to the detections.
+    """Return orders in which to leave layers in float, by how far each moves the detections.
 
-    Movements of independent noise add up in square. First what is best worth its time, then what
-    moves most, whatever it costs.
+    The first order is by squared movement for the run time, since squares of independent noise add
+    up; the second by movement alone.
 
     Args:
-        displacements: of each layer alone (`sensitivity.scores_alone` by `Judge.loss`).
-        costs: of the layers.
+        displacements: movement by each layer alone (`sensitivity.scores_alone` of `Judge.loss`).
+        costs: see `layer_costs`.
     """
 
     def worth(name: str) -> float:
@@ -182,39 +182,37 @@ def choose_float_layers(
 ) -> Fallback:
     """Find the layers to keep in float so that a score is reached for the least run time.
 
-    Of each order the shortest beginning that reaches the score is searched for, by doubling and
-    halving its length; the cheapest of them is then thinned, each layer being put back into INT8,
-    most expensive first, if the score allows. Nothing is tried that costs more than what has been
-    found.
+    In each order, bisection finds the shortest prefix that reaches the score. From the cheapest of
+    these, layers go back into INT8, the most expensive first, where the score allows. No set is
+    tried that costs more than one that was found.
 
     Args:
-        orders: layers from the most sensitive on, see `rankings`.
-        costs: of the layers, see `layer_costs`.
+        orders: see `rankings`.
+        costs: see `layer_costs`.
         score: AP, or agreement with the float network, with certain layers in float; higher is
             better.
-        least_score: what is to be reached.
+        least_score: score to reach.
         most_share: share of the multiply-adds that may be left in float.
-        most_trials: how often `score` is called at most.
-        least_gain: what a set that does not reach the score has to bring at least.
-        most_time: share of the run time that may be left in float; None leaves that open.
+        most_trials: most calls of `score`.
+        least_gain: least gain in score of a set that does not reach `least_score`.
+        most_time: share of the run time that may be left in float; None: any.
 
     Returns:
-        The cheapest set that reaches `least_score`. If none was found, with `most_time` the best of
-        those tried, for that time was granted; without it the one, none in float among them, that
-        is best worth its time: where the part that it closes of the gap to `least_score` exceeds
-        its share of the run time the most.
+        The cheapest set that reaches `least_score`. If none does: with `most_time` the tried set of
+        the best score, since that time was granted; otherwise the set, possibly empty, for which
+        the closed share of the gap to `least_score` exceeds the share of the run time the most.
     """
     search = _Search(costs, score, least_score, most_share, most_trials, least_gain, most_time)
     if not search.reaches(()):
         for order in orders:
-            search.shortest_beginning(search.fitting(order))
+            search.shortest_prefix(search.fitting(order))
         search.thin_out()
     return search.result()
 
 
 @dataclass
 class _Search:
-    """The trials so far, and the best of them; arguments as of `choose_float_layers`."""
+    """The trials so far; the fields are the arguments of `choose_float_layers`."""
 
     costs: Mapping[str, LayerCost]
     score: Callable[[tuple[str, ...]], float]
@@ -226,7 +224,7 @@ class _Search:
     trials: dict[frozenset[str], Trial] = field(default_factory=dict)
 
     def reaches(self, layers: tuple[str, ...]) -> bool:
-        """Score a set of layers unless that is done; false for one that may not be tried."""
+        """Return whether a set reaches the score; False too where no trial is left for it."""
         key = frozenset(layers)
         if key not in self.trials:
             if len(self.trials) >= self.most_trials:
@@ -235,7 +233,7 @@ class _Search:
         return self.trials[key].score >= self.least_score
 
     def fitting(self, order: Sequence[str]) -> tuple[str, ...]:
-        """Return an order without the layers for which, after those before, no time is left."""
+        """Return an order without the layers that would exceed `most_time` after those before."""
         if self.most_time is None:
             return tuple(order)
         kept: list[str] = []
@@ -244,8 +242,8 @@ class _Search:
                 kept.append(name)
         return tuple(kept)
 
-    def shortest_beginning(self, order: Sequence[str]) -> None:
-        """Look for the shortest beginning of an order that reaches the score."""
+    def shortest_prefix(self, order: Sequence[str]) -> None:
+        """Bisect for the shortest prefix of an order that reaches the score."""
         limit = self._affordable(order)
         low, high = 0, 1
         while high < limit and not self.reaches(tuple(order[:high])):
@@ -302,7 +300,7 @@ class _Search:
         return min(reached, key=lambda trial: (trial.time_share, len(trial.layers)), default=None)
 
     def _affordable(self, order: Sequence[str]) -> int:
-        """Return how many of the first layers may be in float and cost no more than the best."""
+        """Return the longest prefix that is within the limits and cheaper than the best set."""
         best = self._cheapest()
         granted = math.inf if self.most_time is None else self.most_time + 1e-9
         most_time = min(best.time_share if best else math.inf, granted)

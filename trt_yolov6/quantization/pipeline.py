@@ -2,10 +2,10 @@
 
     float graph ─ equalize ─ collect ─ calibrate ─ place ─ insert ─ tune weights ─▶ Q/DQ graph
 
-No calibrator and no equalization wins everywhere: min-max takes nothing from one network and much
-from another, entropy the reverse. So the default tries them (`search`): half of the calibration
-images make a candidate, the other half tell how well its detections agree with the float network's.
-No labels are needed.
+No calibrator and no equalization is best everywhere: min-max costs one network nothing and another
+much, entropy the reverse. So the default tries them (`search`): half of the calibration images make
+a candidate, the other half judge how well its detections agree with the float network's. No labels
+are needed.
 
 FP8 goes the same way, without entropy calibration, multiplications after activations, ranking of
 layers and reconstruction, which assume INT8's uniform grid.
@@ -66,7 +66,7 @@ _PLACEMENT = 2
 
 @dataclass(frozen=True)
 class QuantizedGraph:
-    """A Q/DQ graph, ready to be built, and how it came about."""
+    """A Q/DQ graph, ready to be built, and how it was made."""
 
     graph: Graph
     float_model: onnx.ModelProto
@@ -163,7 +163,7 @@ def _record(table: CalibrationTable, images: int) -> dict[str, Any]:
 
 
 def _check_graph(graph: Graph, settings: QuantizationSettings) -> None:
-    """Raise UserError for a graph that cannot be quantized so."""
+    """Raise UserError for a graph that cannot be quantized with these settings."""
     quantized = settings.quantized
     if graph.precision != "fp32":
         raise UserError(
@@ -212,7 +212,7 @@ def _key(
 
 
 def _judged(found: Found, folds: Sequence[ImageSplit]) -> dict[str, Any]:
-    """Return for the manifest how well what is built agrees with float, and what was tried."""
+    """Return the manifest's record of the agreement with float and of what was tried."""
     agreement, held_out = found.agreement, all(fold.is_held_out for fold in folds)
     if agreement is None:
         return {}
@@ -250,7 +250,7 @@ def calibrate(
     folder: str | Path,
     settings: QuantizationSettings | None = None,
 ) -> Calibrated:
-    """Calibrate a float graph for INT8 as `quantize` does, for a look at its layers.
+    """Calibrate a float graph for INT8 as `quantize` does, to analyse its layers.
 
     Raises:
         UserError: see `quantize`.

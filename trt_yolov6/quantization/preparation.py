@@ -95,7 +95,7 @@ class Prepared:
     def ranges(self, method: Method, float_layers: tuple[str, ...] = ()) -> dict[str, float]:
         """Return the tensors' ranges by a calibrator, with some layers in float.
 
-        With other layers in float, pairs stand elsewhere and groups are other ones.
+        They depend on the float layers: other pairs and groups are then placed.
         """
         return self._ranges(self.placed(float_layers), method)
 
@@ -133,7 +133,7 @@ def prepare(
         graph: the float graph.
         paths: images that calibrate.
         settings: what is quantized to, and the border of the images.
-        variant: the form wanted.
+        variant: the form to prepare.
         measure: collect statistics, where the form itself does not take them.
         known: the plain graph's statistics on the same images, of what `equalize` wants to know
             and of what the plain variant quantizes, where they have been collected.
@@ -153,8 +153,8 @@ def prepare(
         form = formed(graph, variant, measured(graph.model, tensors) if tensors else {})
     placement = place_for(settings.quantized, form.model)
     to_align = form.solution is not None and form.shifts_much
-    wanted = quantizable_tensors(form.model, settings) if measure or to_align else ()
-    statistics = measured(form.model, wanted) if wanted else {}
+    names = quantizable_tensors(form.model, settings) if measure or to_align else ()
+    statistics = measured(form.model, names) if names else {}
     prepared = Prepared(variant, settings.quantized, form.model, placement, statistics)
     if form.solution is None or not to_align:
         return prepared
@@ -179,7 +179,7 @@ def weight_tuning(
 
 
 def calibrators(settings: QuantizationSettings) -> tuple[Method, ...]:
-    """Return the calibrators to choose from, the first first."""
+    """Return the calibrators to choose from, the default first."""
     chosen = settings.calibrator
     return methods_to_try(settings.quantized) if chosen == "auto" else (chosen,)
 
@@ -189,7 +189,7 @@ def formed(graph: Graph, variant: Variant, ranges: Mapping[str, TensorStatistics
 
     Args:
         graph: the float graph.
-        variant: the form wanted.
+        variant: the form to return.
         ranges: of what `equalize` wants to know of the plain graph.
     """
     if variant == "plain":
@@ -206,8 +206,8 @@ def plain_statistics(
 ) -> Mapping[str, TensorStatistics]:
     """Return the statistics that `prepare` takes as `known`: one pass serves all variants."""
     plain = graph.model
-    wanted = (*tensors_to_measure(plain), *quantizable_tensors(plain, settings))
-    return collect(plain, images, wanted, copies=copies_of(graph))
+    tensors = (*tensors_to_measure(plain), *quantizable_tensors(plain, settings))
+    return collect(plain, images, tensors, copies=copies_of(graph))
 
 
 def quantizable_tensors(model: onnx.ModelProto, settings: QuantizationSettings) -> Sequence[str]:

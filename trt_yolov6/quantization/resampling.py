@@ -1,8 +1,8 @@
 """COCO AP of one set of detections over any selection of its images, and its bootstrap intervals.
 
-pycocotools matches and scores in one go. To resample images, matching is done once here and kept
-by class; a resample then weights each image by how often it was drawn (Efron 1979). Two networks
-that are scored on the same draws differ in less than either figure varies.
+pycocotools matches and scores in one go. To resample images, matching is done once here and kept by
+class; a resample then weights each image by how often it was drawn (Efron 1979). The difference of
+two networks on the same draws varies less than either figure.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def matched(
     """Match detections with objects as COCO does.
 
     Args:
-        truth: the objects of each image; their scores count from `least_score` on.
+        truth: the objects of each image.
         found: detections of the same images.
-        least_score: of an object, as where the objects are another network's detections.
+        least_score: least score of an object, for objects that are another network's detections.
     """
     objects = [one[one.confidence >= least_score] for one in truth]
     labels = sorted({int(label) for one in objects for label in one.class_id})
@@ -89,9 +89,8 @@ def interval(
 ) -> Interval:
     """Return a statistic of a set of images with its percentile bootstrap interval.
 
-    A resample shows fewer different images, on which an AP is another one in the mean. So what the
-    bootstrap tells is how far its values spread about their median, and that is laid about the
-    figure itself.
+    A resample has fewer different images, on which an AP is biased. So only the distances of the
+    quantiles from the bootstrap's median are used, around the figure itself.
 
     Args:
         statistic: of (images,) counts, how often each image was drawn.
@@ -113,12 +112,12 @@ def interval(
 
 def _match_class(truth: Sequence[Detections], found: Sequence[Detections], label: int) -> _Class:
     images, scores, hits, objects = [], [], [], []
-    for image, (wanted, seen) in enumerate(zip(truth, found, strict=True)):
-        boxes = wanted.xyxy[wanted.class_id == label].astype(np.float64)
+    for image, (true, seen) in enumerate(zip(truth, found, strict=True)):
+        boxes = true.xyxy[true.class_id == label].astype(np.float64)
         boxes = boxes[_areas(boxes) >= 0]
         own = seen.class_id == label
         order = np.argsort(-seen.confidence[own], kind="stable")[:_MOST_DETECTIONS]
-        # COCO passes over what has a negative area, though not in counting to 100.
+        # COCO ignores detections of negative area, but counts them among the 100.
         order = order[_areas(seen.xyxy[own][order]) >= 0]
         given = seen.xyxy[own][order].astype(np.float64)
         to_object, _ = match(iou(given[:, None], boxes[None]), IOU_THRESHOLDS, len(given))

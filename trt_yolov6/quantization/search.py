@@ -106,8 +106,8 @@ class Choice:
     weights: Weights
     float_layers: tuple[str, ...] = ()
     like: tuple[Choice, ...] = ()
-    """Choices whose layers' weights and biases its own layers take, the last one first. A layer's
-    own hardly depend on which others are in float."""
+    """Choices to copy tuned weights and biases from, the last one first: those of a layer hardly
+    depend on which other layers are in float."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,12 @@ class Found:
     candidates: tuple[Candidate, ...]
     tuning: WeightTuning
     agreement: Interval | None
-    """Agreement of the built graph, or with several folds of what each made; None where nothing
-    had to be chosen."""
+    """Agreement of the built graph or, with several folds, of each fold's; None where nothing had
+    to be chosen."""
     images: int
     """Images that it was judged on."""
     budget: Mapping[str, Any] | None = None
-    """Goal of the automatic float layers and how near they came, JSON-ready; None without them."""
+    """Budget of the automatic float layers and what they reached, JSON-ready; None without them."""
 
 
 _Tuned = tuple["onnx.ModelProto", Mapping[str, float]]
@@ -133,7 +133,7 @@ _Tuned = tuple["onnx.ModelProto", Mapping[str, float]]
 
 @dataclass(frozen=True)
 class _Budget:
-    """Score of sets of float layers, and the least that is to be reached."""
+    """Score of a set of float layers, and the least score that meets the budget."""
 
     score: Callable[[Sequence[onnx.ModelProto]], float]
     """Scores the graphs of all folds together; higher is better."""
@@ -173,10 +173,10 @@ class Search:
         self._reached: Mapping[str, Any] | None = None
 
     def run(self) -> Found:
-        """Decide everything."""
-        wanted = self._settings.float_layers
-        named = wanted if isinstance(wanted, tuple) else ()
-        # With ranges and weights chosen, another form may be the better one of two near ones.
+        """Make all decisions, in their order."""
+        requested = self._settings.float_layers
+        named = requested if isinstance(requested, tuple) else ()
+        # Of two near forms, ranges and weights may make the other one better.
         found: dict[Variant, tuple[float, Choice]] = {}
         promising = self._promising_variants(named)
         for variant in promising:
@@ -190,7 +190,7 @@ class Search:
             fold.go_on_with(variant)
         if self._candidates:
             _log.info(f"chosen: calibrator {choice.method}, graph {variant}")
-        if not isinstance(wanted, tuple) and wanted != 0:
+        if not isinstance(requested, tuple) and requested != 0:
             choice = self._with_float_layers(choice)
         tuned = self._tuned_by_gradients(choice) if self._settings.reconstruct_minutes else None
         return self._found(variant, choice, tuned)
@@ -211,11 +211,11 @@ class Search:
             model, ranges = tuned
             amax |= ranges
             for group in prepared.placed(choice.float_layers).groups:
-                # Some have no pair of their own.
+                # Some members have no pair, so no range either.
                 amax |= dict.fromkeys(group, next(ranges[one] for one in group if one in ranges))
             learned = learned_of(model)
         elif choice.like and choice.float_layers and not others:
-            # What was tried is what is built, now and from the table.
+            # The table then builds exactly what was tried.
             learned = learned_of(self._model(first, choice))
         table = CalibrationTable(
             amax,
@@ -236,8 +236,9 @@ class Search:
         """Compare the forms of the graph by the first calibrator, ranges of a few images.
 
         Returns:
-            The simplest of the best, and of the two forms that change activations the other one,
-            if it is near and much is shifted: by ranges of a few images alone they hardly differ.
+            The simplest of the best. If that is one of the two forms that change activations, also
+            the other one where it is near and shifts many tensors: with ranges of a few images the
+            two hardly differ.
         """
         if len(self._variants) == 1:
             return self._variants[:1]
@@ -280,9 +281,9 @@ class Search:
         method = self._methods[0]
         if len(self._methods) > 1:
             tried = [self._tried("ranges", Choice(one, "nearest", layers)) for one in self._methods]
-            # The first clips nothing. What others gain by finer steps, weights that are rounded for
-            # their inputs mostly gain as well; what they lose by clipping stays. So others have to
-            # be clearly better, which half of the images show.
+            # The first clips nothing. Weights that are rounded for their inputs mostly gain what
+            # others gain by finer steps, but nothing makes up for clipping. So others have to be
+            # clearly better, for which half of the images are enough.
             method = simplest_of_the_best(tried, CLEAR_GAIN).method
         return self._with_weights(Choice(method, "nearest", layers))
 
@@ -293,8 +294,8 @@ class Search:
             return dataclasses.replace(choice, weights="reconstructed")
         if not settings.bias_correction:
             return choice
-        # Ranges were compared with graphs that lack one error of rounded weights: mostly a higher
-        # standard, and one that is known.
+        # Known already: the graph that ranges were compared by has corrected means, so its loss is
+        # mostly below that of the one to improve.
         least = self._mean_loss([self._compared(fold, choice) for fold in self._folds])
         for weights in weight_choices(settings):
             other = dataclasses.replace(choice, weights=weights)
@@ -326,9 +327,9 @@ class Search:
 
     def _with_float_layers(self, choice: Choice) -> Choice:
         """Choose the layers that stay in float, and ranges and weights again with them."""
-        wanted = self._settings.float_layers
-        if isinstance(wanted, int):
-            chosen = most_sensitive(ranked(self._distortions(choice), "snr").names, wanted)
+        requested = self._settings.float_layers
+        if isinstance(requested, int):
+            chosen = most_sensitive(ranked(self._distortions(choice), "snr").names, requested)
             slower = self._slowdown(chosen)
             _log.info(
                 f"in float: {', '.join(chosen)}; ranked by signal-to-noise ratio whatever they "
@@ -340,8 +341,8 @@ class Search:
         found = self._searched(base, orders, _MOST_SETS)
         best = found, dataclasses.replace(base, float_layers=found.layers)
         while best[0].layers:
-            # With noisy layers in float, other ranges and weights may be the best, and with these
-            # fewer layers in float may do, or others.
+            # With noisy layers in float, other ranges and weights may be best; with those, other or
+            # fewer layers in float.
             again = self._choose(best[0].layers)
             if self._budget.score(self._models(again)) <= best[0].score:
                 break
@@ -350,11 +351,11 @@ class Search:
             if not found.is_better_than(best[0]):
                 break
             best = found, dataclasses.replace(like, float_layers=found.layers)
-        self._tell(*best)
+        self._report(*best)
         return best[1]
 
     def _orders(self, choice: Choice) -> tuple[tuple[str, ...], ...]:
-        """Return orders to leave layers in float, by what they do to detections if that is seen."""
+        """Return orders to leave layers in float in, by their effect on detections if possible."""
         fold = self._folds[0]
         if not Displacement.can_watch(self._graph):
             return rankings(self._distortions(choice), self._costs)
@@ -374,7 +375,7 @@ class Search:
 
         Args:
             choice: ranges and weights.
-            orders: to leave layers in float.
+            orders: orders to leave layers in float in.
             most_trials: sets to try.
         """
         budget, slower = self._budget, self._settings.max_slowdown
@@ -404,7 +405,7 @@ class Search:
     def _budget(self) -> _Budget:
         drop, labelled = self._settings.max_ap_drop, self._labelled
         if labelled is not None:
-            # Each model of a fold would do; labelled images are others anyway.
+            # Any fold's model would do: the labelled images are in none.
             least = 1.0 if drop is None else labelled(self._graph.model) - drop / 100
             return _Budget(lambda models: labelled(models[0]), "AP", least, 0.0)
         if drop is None:  # the best that the time allows
@@ -430,8 +431,8 @@ class Search:
             _LEAST_GAIN,
         )
 
-    def _tell(self, found: Fallback, choice: Choice) -> None:
-        """Say what was chosen, what it costs and what it falls short of, and keep that."""
+    def _report(self, found: Fallback, choice: Choice) -> None:
+        """Log what was chosen, what it costs and where it falls short, and store that."""
         budget = self._budget
         slower = self._settings.max_slowdown
         _log.info(_fallback_sentence(found, budget, slower))
@@ -497,7 +498,7 @@ class Search:
         return fold.prepared.inserted(choice.method, choice.float_layers)
 
     def _compared(self, fold: Fold, choice: Choice) -> onnx.ModelProto:
-        """Return the graph by which forms and ranges are compared: biases are tried later on."""
+        """Return the graph to compare forms and ranges by: biases are tried later."""
         model = self._inserted(fold, choice)
         if self._quantized.is_floating or not self._settings.bias_correction:
             return model
@@ -554,7 +555,7 @@ def _check_learning(graph: Graph, folds: Sequence[ImageSplit]) -> None:
 
 
 def _fallback_sentence(found: Fallback, budget: _Budget, slower: float | None) -> str:
-    """Say what was chosen, what it costs, and where that falls short."""
+    """Return a sentence on what was chosen, what it costs, and where it falls short."""
     text = (
         f"in float: {', '.join(found.layers) or 'nothing'} ({found.multiply_add_share:.1%} of the "
         f"multiply-adds, about {found.time_share:.1%} slower), {budget.text(found.score)}"

@@ -3,7 +3,7 @@
 MSE, signal-to-noise ratio and cosine similarity of all layers come from one pass over the images:
 each layer of the float graph gets a quantized twin, which reads the same float input
 through a Q/DQ pair, and the graph itself sums up how far the two are apart. So a layer's own
-rounding counts, not the error that it inherits from the layers before.
+rounding counts, not the error of the layers before.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def layer_distortions(
     Args:
         model: the float graph that the placement was made for.
         placement: what is to run in INT8.
-        amax: range of each tensor to quantize, as a calibration table has it.
+        amax: range of each tensor to quantize, see `CalibrationTable`.
         images: each what the graph's input takes; any number takes the same memory.
 
     Returns:
@@ -174,7 +174,7 @@ def scores_alone(
     amax: Mapping[str, float],
     score: Callable[[onnx.ModelProto], float],
 ) -> dict[str, float]:
-    """Return the score of the graph in which only that layer runs in INT8, by layer in its order.
+    """Return for each layer the score of the graph in which only that layer runs in INT8.
 
     Arguments as in `layer_distortions`; `score` is any function of a graph.
     """
@@ -187,9 +187,9 @@ def scores_alone(
 
 
 def only_layer(model: onnx.ModelProto, placement: Placement, layer: str) -> Placement:
-    """Return the placement in which one layer of another placement runs in INT8, and nothing else.
+    """Return the placement in which only one layer of another placement runs in INT8.
 
-    Whatever else reads the layer's input reads it unrounded.
+    Other readers of the layer's input read it unrounded.
 
     Raises:
         KeyError: the graph has no such layer.
@@ -214,14 +214,13 @@ def input_scales(
 ) -> dict[str, float]:
     """Return the scale that each INT8 layer's input has, by tensor.
 
-    A placement has no pair where INT8 comes out of a concatenation or pooling; what comes out has
-    the scale of what went in.
+    Outputs of a concatenation or pooling have the scale of its inputs.
     """
     return activation_scales(place(model, placement.float_layers, requantize=True), amax)
 
 
 def check_chart(path: str | Path) -> None:
-    """Refuse a path that `write_chart` cannot write to; quick, so ask before the measurement.
+    """Refuse a path that `write_chart` cannot write to, before the measurement.
 
     Raises:
         UserError: it is not a .png file or cannot be written.
@@ -237,7 +236,7 @@ def write_chart(result: Sensitivity, path: str | Path) -> None:
     The bars are the values that `Sensitivity` has, in its direction.
 
     Raises:
-        UserError: the path is no .png file or cannot be written.
+        UserError: see `check_chart`, or no layer runs in INT8.
         MissingDependencyError: matplotlib is not installed.
     """
     check_chart(path)
@@ -253,7 +252,7 @@ def write_chart(result: Sensitivity, path: str | Path) -> None:
     if result.metric == "mse" and (bars > 0).any():
         axes.set_xscale("log")
     if result.metric in ("cosine", "ap") and bars.min() < bars.max():
-        # From where they differ on: near 1, bars from 0 would all look alike.
+        # Near 1, bars from 0 would all look alike.
         margin = 0.05 * float(bars.max() - bars.min())
         axes.set_xlim(float(bars.min()) - margin, float(bars.max()) + margin)
     axes.set_yticks(np.arange(len(names)), names, fontsize=7)
@@ -319,7 +318,7 @@ def _with_twins(
         ]
     graph.node.extend(nodes)
     add_initializers(graph, added)
-    # Nodes that only the graph's own outputs need are not run then.
+    # Without the graph's own outputs, nodes that only they need are not run.
     del graph.output[:]
     graph.output.extend(outputs)
     return result

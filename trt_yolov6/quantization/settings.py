@@ -99,14 +99,14 @@ def check_settings(settings: QuantizationSettings) -> None:
 
 def check_float_layers(graph: Graph, settings: QuantizationSettings) -> None:
     """Raise UserError for a wrong choice of float layers: calibrating takes a minute."""
-    wanted = settings.float_layers
-    if wanted == "auto":
+    requested = settings.float_layers
+    if requested == "auto":
         if settings.max_ap_drop is not None:
             least_agreement(settings.max_ap_drop)
         return
-    kept = wanted if isinstance(wanted, tuple) else ()
+    kept = requested if isinstance(requested, tuple) else ()
     layers = place_for(settings.quantized, graph.model, kept).layers
-    chosen = most_sensitive(layers, wanted) if isinstance(wanted, int) else ()
+    chosen = most_sensitive(layers, requested) if isinstance(requested, int) else ()
     if len(chosen) == len(layers):
         raise UserError(
             f"`float_layers` leaves no layer in {settings.quantized.label}; choose fewer."

@@ -53,8 +53,10 @@ class Row:
 
     @property
     def is_simulated(self) -> bool:
-        """An 8-bit or half-precision engine of ONNX Runtime on a CPU, which computes it in float:
-        the accuracy is right, the latency says nothing about a GPU."""
+        """True for 8-bit and half precision in ONNX Runtime on a CPU, which computes them in float.
+
+        The accuracy is right, but the latency says nothing about a GPU.
+        """
         on_cpu = self.engine["backend"] == "onnxruntime" and not str(
             self.engine["device"]
         ).startswith("GPU")

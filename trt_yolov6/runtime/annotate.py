@@ -41,8 +41,7 @@ class InferenceSummary:
     """Images or frames that were processed."""
     objects: int
     failures: tuple[tuple[str, str], ...]
-    """Images that were left out because they could not be read, each with why, as one
-    sentence."""
+    """Images that could not be read, each with the reason, a sentence."""
     warnings: tuple[str, ...]
     """Notes on processed inputs, such as a video that ends early."""
     inference_seconds: float
@@ -66,11 +65,11 @@ def infer_source(
     `<stem>.mp4` of a video, without sound: H.264 where `ffmpeg` is on the path. An image of a type
     that is not written, such as PPM, becomes `<name>.jpg`.
 
-    What was found goes into `detections.json`, a list with `file`, `width`, `height` and
-    `detections` of each image, or of each frame with `frame` (from 0) and `seconds` (its own time
-    in the video) besides. A detection has `box` ([x1, y1, x2, y2] in pixels of the original),
-    `score`, `class` and `name`. `detections.csv` has a row a detection; `labels/<stem>.txt`, or
-    `labels/<stem>_<frame>.txt`, YOLO's format with the score after the box.
+    `detections.json` is a list with `file`, `width`, `height` and `detections` of each image; a
+    video's frames also have `frame` (from 0) and `seconds` (their time in the video). A detection
+    has `box` ([x1, y1, x2, y2] in pixels of the original), `score`, `class` and `name`.
+    `detections.csv` has a row a detection; `labels/<stem>.txt`, or `labels/<stem>_<frame>.txt`,
+    YOLO's format with the score after the box.
 
     The arguments are those of `Detector.annotate`.
 
@@ -107,14 +106,14 @@ def infer_source(
 
 
 def check_outside(output: Path, folders: Iterable[Path]) -> None:
-    """Refuse an output within the source that holds images, which an earlier run probably drew.
+    """Refuse an output within the source that has images, probably drawn by an earlier run.
 
     Args:
         output: the folder to write to.
-        folders: those in which the source's images lie.
+        folders: folders of the source's images.
 
     Raises:
-        UserError: some of them are that folder or below it, but not all.
+        UserError: some of them, but not all, are within `output`.
     """
     target = output.resolve()
     within = {folder.resolve().is_relative_to(target) for folder in set(folders)}
@@ -149,7 +148,7 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _Draw:
-    """Draws and writes the images of a batch; it may travel to other processes."""
+    """Draws and writes the images of a batch; can be pickled."""
 
     output: Path
     class_names: tuple[str, ...]
@@ -248,8 +247,8 @@ def _infer_video(
     ):
         frames = clip.announced or None
         with progress_bar(frames, desc="infer", unit="frame", shown=progress) as bar:
-            # Frames can only be decoded in order, so the caller's thread does it and the loader's
-            # threads just resize them.
+            # Frames can only be decoded in order, in the calling thread; the loader's threads
+            # resize.
             for step in process(engine, clip.frames, lambda frame: frame.image, finish, options):
                 warnings += step.notes
                 seconds += step.inference_seconds

@@ -58,7 +58,7 @@ class DetectionFiles:
         Args:
             record: `file`, `width` and `height` in pixels; of a frame also `frame`, from 0, and
                 `seconds`.
-            stem: path of its file of YOLO's, below their folder, without the ending.
+            stem: path of its YOLO file below their folder, without the suffix.
             detections: what was found in it.
         """
         found = described(detections, self._class_names)

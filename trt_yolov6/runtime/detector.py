@@ -52,7 +52,7 @@ class Detector(Closing):
                 (searched with their sub-folders, sorted by path) and globs; or several of these.
                 OpenCV reads BGR: give `image[..., ::-1]`.
             options: thresholds, border and batch.
-            confidence: threshold, 0..1, in place of that of `options`; so are the next two.
+            confidence: least score in 0..1; this and the next two replace those of `options`.
             iou: threshold of NMS, 0..1.
             max_detections: largest number of boxes per image.
 
@@ -95,7 +95,7 @@ class Detector(Closing):
             options: thresholds, border, batch, and the GPUs for images.
             formats: `json`, `csv`, `yolo`; see `runtime.annotate.infer_source`.
             frames: end a video or stream after this number.
-            stop: asked before each frame of a video or stream: whether to end here.
+            stop: called before each frame of a video or stream; True ends it.
             progress: show a progress bar on stderr.
 
         Raises:

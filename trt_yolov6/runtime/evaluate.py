@@ -42,8 +42,8 @@ def _print(*args: Any, **options: Any) -> None:
         print(*args, **options)
 
 
-# Standard output is the whole process's: redirected, it loses what other threads print, and of two
-# redirections that overlap one may stay.
+# Redirecting standard output would hide what other threads print, and two overlapping redirections
+# may leave it redirected.
 for _module in (pycocotools.coco, pycocotools.cocoeval):
     _module.print = _print
 
@@ -73,8 +73,8 @@ class StageSeconds:
     coco: float
     """Matching, batch by batch in parallel with the engine, and scoring at the end."""
     tail: float
-    """Wall time after the engine was done with its last batch: that batch's post-processing and
-    matching, and the scoring. A part of both stages, so it is not to be added to them."""
+    """Wall time after the engine's last batch: that batch's post-processing and matching, and the
+    scoring. The stages above contain it."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def evaluate(
     """
     tally = _Tally(engine.facts, dataset, confusion=confusion)
     options = dataclasses.replace(of_class(options, PredictOptions, "options"), clip=False)
-    matcher = _Matcher(tally.truth, hands_on=confusion or seen is not None)
+    matcher = _Matcher(tally.truth, keeps_found=confusion or seen is not None)
     run: Callable[..., Iterator[Processed[CocoImage, _Matched]]] = process
     if options.gpus > 1:
         run = functools.partial(process_on_gpus, check_gpus(options.gpus))
@@ -194,15 +194,15 @@ class _Matched:
     """pycocotools' matches by image id: one for each class and size range, in that order."""
     detections: int
     found: Sequence[Detections]
-    """The detections themselves, if they are still wanted."""
+    """The detections, if the matcher keeps them; else empty."""
 
 
 class _Matcher:
-    """Matches the detections of batches to a data set's boxes; it may travel to other processes."""
+    """Matches the detections of batches to a data set's boxes; can be pickled."""
 
-    def __init__(self, truth: _Truth, *, hands_on: bool) -> None:
+    def __init__(self, truth: _Truth, *, keeps_found: bool) -> None:
         self._truth = truth
-        self._hands_on = hands_on
+        self._keeps_found = keeps_found
         self._lock = threading.Lock()
         self._annotated: Any = None
 
@@ -245,10 +245,10 @@ class _Matcher:
         # A list by class, then size range, then image, the images sorted.
         ids = sorted(image.id for image in images)
         by_image = {image: scorer.evalImgs[index :: len(ids)] for index, image in enumerate(ids)}
-        return _Matched(by_image, len(results), found if self._hands_on else ())
+        return _Matched(by_image, len(results), found if self._keeps_found else ())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"truth": self._truth, "hands_on": self._hands_on}
+        return {"truth": self._truth, "keeps_found": self._keeps_found}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -283,7 +283,7 @@ def evaluate_found(
         UserError: the classes do not match.
     """
     tally = _Tally(engine, dataset, confusion=confusion)
-    matcher = _Matcher(tally.truth, hands_on=confusion)
+    matcher = _Matcher(tally.truth, keeps_found=confusion)
     annotated = matcher.annotated()
     with progress_bar(len(dataset.images), desc="eval", unit="image", shown=progress) as bar:
         for batch in batches:
@@ -297,7 +297,7 @@ def evaluate_found(
 
 @dataclass(frozen=True)
 class _Truth:
-    """A data set as a detector's results are held against it."""
+    """A data set whose classes are matched to a detector's."""
 
     dataset: CocoDataset
     """Categories of the data set, those that count."""

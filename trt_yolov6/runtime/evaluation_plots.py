@@ -25,12 +25,12 @@ _MOST_NAMED = 12
 
 
 class Confusion:
-    """Counts which class objects were taken for, image by image."""
+    """A confusion matrix, filled image by image."""
 
     def __init__(self, classes: int) -> None:
         """Start with nothing counted."""
         self.counts: NDArray[np.int64] = np.zeros((classes + 1, classes + 1), np.int64)
-        """Rows: what was found, columns: what is there; the last of each stands for nothing."""
+        """Rows: detected classes, columns: annotated ones; the last of each is for no object."""
 
     def add(
         self,

@@ -34,7 +34,6 @@ Item = TypeVar("Item")
 Opened = Jpeg | NDArray[np.uint8]
 """A JPEG as it is, or uint8 (height, width, 3) RGB."""
 
-
 _A_TASK = 8
 """Files that are read one after the other where the GPU decodes most of them."""
 
@@ -47,7 +46,7 @@ class ImageBatch(Generic[Item]):
     """Batch that they come from; its input is empty."""
     images: tuple[ImageView | NDArray[np.uint8], ...]
     ready: Event | None
-    """Views can be read after it."""
+    """Event after which views can be read; None: at once."""
     give_back: Callable[[], None]
     """Function to call once the engine has read the images."""
 
@@ -68,7 +67,7 @@ def load_images(
     At most `AHEAD` + 1 batches beyond those in use exist at any time.
 
     Args:
-        engine: whose GPU decodes JPEGs, where it can.
+        engine: its GPU decodes JPEGs, where it can.
         items: what to read; taken one batch at a time, in the calling thread.
         open_item: reads an item, see `data.jpeg.open_image`; called from several threads.
         batch: images a batch; the last one may have fewer.
@@ -108,7 +107,7 @@ def load_images(
     def submit() -> None:
         chunk = list(itertools.islice(source, batch))
         if chunk:
-            # What is left to the GPU takes hardly longer than a task of its own.
+            # For the GPU a file is only read, which hardly takes longer than starting a task.
             least = 1 if decoder is None else min(_A_TASK, len(chunk) // 4)
             size = max(-(-len(chunk) // count), least)
             parts = [
@@ -140,9 +139,9 @@ def take_images(
     keep_images: bool = False,
     skip_unreadable: bool = False,
 ) -> Generator[ImageBatch[Item], None, None]:
-    """Do what `load_images` does, of images that lie in memory already, in the calling thread.
+    """Yield what `load_images` does, for images in memory, in the calling thread.
 
-    There is nothing to wait for, so threads would only take turns at Python's lock.
+    Threads would only take turns at Python's lock, as there is nothing to wait for.
     """
     source = iter(items)
     place = _placing(engine, border)
@@ -207,7 +206,7 @@ def _decode(
     readers: ThreadPoolExecutor,
     skip_unreadable: bool,
 ) -> None:
-    """Put views in the place of JPEGs; what the GPU cannot decode is decoded here."""
+    """Replace JPEGs by views; what the GPU cannot decode is decoded on the CPU."""
     encoded = [(one, one.image) for one in opened if isinstance(one.image, Jpeg)]
     views = decoder.decode([image for _, image in encoded], buffers)
     rest = []

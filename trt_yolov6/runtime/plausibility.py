@@ -1,7 +1,7 @@
 """Check, on the first batch of a run, whether a network's outputs can be a detector's.
 
-A wrong guess of the family, a sigmoid left out on export, or an overflow in half precision give
-figures all the same, and an AP of 0 does not give the reason.
+A wrong guess of the family, a sigmoid left out on export, or an overflow in half precision still
+gives an AP, and an AP of 0 does not say why.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def check_outputs(
     """Refuse outputs that are not a detector's, and return what is odd about others, as sentences.
 
     Args:
-        engine: that they came from.
-        outputs: whole, by name.
-        images: rows of them that are images, not padding.
-        confidence: the threshold that scores are held against.
-        batch: what the engine was given, to find the first tensor inside that is not finite.
+        engine: the engine that computed them.
+        outputs: all outputs by name.
+        images: number of rows that are images, not padding.
+        confidence: threshold of scores.
+        batch: the engine's input, to find the first tensor inside that is not finite.
 
     Raises:
         UserError: nothing in an output is finite, they are for fewer images, scores are not within

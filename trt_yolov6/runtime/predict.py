@@ -53,8 +53,8 @@ class Processed(Generic[Item, Result]):
     result: Result
     """Result of `finish`."""
     notes: tuple[str, ...]
-    """Notes on odd outputs, a sentence each (see `plausibility`): of the first batch, and of the
-    first with numbers that are not finite."""
+    """Sentences on odd outputs (see `plausibility`) of the first batch, and of the first with
+    numbers that are not finite."""
     inference_seconds: float
     inference_end: float
     """Time when the engine was done with it, by `time.perf_counter`."""
@@ -105,7 +105,7 @@ def detect(
         raise UserError("`gpus` is for `annotate` and `evaluate`; leave it out.")
     items = _items(images)
     if isinstance(images, Sequence):
-        items = iter(list(items))  # what is missing is named before any work
+        items = iter(list(items))  # so that missing files are reported before any work
     default = default_nms(engine)
     batch = choose_batch(engine, options.batch)
     first = list(itertools.islice(items, batch + 1))
@@ -133,7 +133,7 @@ class _Item:
     path: Path | None
     read: Callable[[], NDArray[np.uint8]]
     open: Callable[[], Opened]
-    """The same, but a JPEG may be left encoded."""
+    """Reads it too, but may leave a JPEG encoded."""
 
 
 _BYTES = (bytes, bytearray, memoryview)
@@ -187,14 +187,14 @@ def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
     if isinstance(mode, str) and mode != "RGB":  # HSV, YCbCr and LAB have three channels, too
         raise UserError(f'image {index} is in mode {mode}; give `image.convert("RGB")`.')
     if isinstance(mode, str) and image.getexif().get(ORIENTATION, 1) in range(2, 9):
-        # A file is turned as it is read. Boxes in a turned image would not fit this one.
+        # Files are turned when they are read, but boxes in a turned image would not fit this one.
         raise UserError(
             f"image {index} is to be turned by its EXIF orientation, as files are; give "
             "`PIL.ImageOps.exif_transpose(image)`."
         )
     if isinstance(image, _BYTES):
         raise UserError(f"image {index} is bytes; give what `read_image` makes of them.")
-    if image is None:  # as OpenCV's imread has it of a file that is missing or damaged
+    if image is None:  # what OpenCV's imread returns for a missing or damaged file
         raise UserError(f"image {index} is None; check that it could be read.")
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
@@ -208,7 +208,7 @@ def _checked_image(image: Any, index: int) -> NDArray[np.uint8]:
 def _detect_at_once(
     engine: Engine, items: Sequence[_Item], options: PredictOptions, nms: NmsSettings
 ) -> list[Detections]:
-    """Find objects in one batch, in this thread: for a few images others only cost time.
+    """Find objects in one batch, in this thread: threads do not pay for a few images.
 
     Thresholds are those of `nms`, not those of `options`.
     """
@@ -248,7 +248,7 @@ def _detect_at_once(
 
 
 def _warn(notes: Iterable[str], level: int) -> None:
-    """Warn of notes, as of the line that called `Detector.predict`: `level` calls from here."""
+    """Issue notes as warnings for the caller of `Detector.predict`, `level` frames up."""
     for note in notes:
         warnings.warn(note, stacklevel=level)
 
@@ -256,7 +256,7 @@ def _warn(notes: Iterable[str], level: int) -> None:
 def _checked_outputs(
     engine: Engine, array: NDArray[Any], images: int, nms: NmsSettings
 ) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
-    """Run an engine's first batch; return its outputs, and what is odd about them.
+    """Run an engine's first batch; return its outputs, and notes on what is odd about them.
 
     Raises:
         UserError: they cannot be a detector's.
@@ -281,29 +281,28 @@ def process(
 ) -> Generator[Processed[Item, Result], None, None]:
     """Run an engine over a stream of images, everything but the engine in other threads.
 
-    Images are read and pre-processed ahead of the engine and its outputs post-processed after
-    it, so that the engine, which only the calling thread uses, waits as little as possible. On a
-    GPU one batch is copied while another is computed, each on a stream of its own; where the engine
-    takes images (`Engine.takes_images`), the letterbox is done there, and so is the decoding of
-    JPEGs if nvImageCodec is installed. The first batch, whose outputs are checked, is prepared
-    here.
+    Other threads read and pre-process images ahead of the engine and post-process its outputs, so
+    that the engine, which only the calling thread uses, waits as little as possible. On a GPU, one
+    batch is copied while another is computed, and with an engine that takes images
+    (`Engine.takes_images`) the GPU letterboxes them and, with nvImageCodec, decodes JPEGs. The
+    first batch, whose outputs are checked, is letterboxed on the CPU.
 
     Args:
         engine: any loaded engine.
         items: what to read, in order.
         read: turns an item into uint8 (height, width, 3) RGB; called from several threads.
-        open_item: reads an item but may leave a JPEG encoded, see `data.jpeg.open_image`; default:
-            `read`.
         finish: makes a result of a batch and its detections; called in one other thread, in order.
         options: thresholds and more; default thresholds: those of evaluation, see `resolve`.
+        open_item: like `read`, but may leave a JPEG encoded, see `data.jpeg.open_image`; default:
+            `read`.
         keep_images, skip_unreadable: as in `load_batches`.
-        in_memory: `read` hands out what lies in memory already. On an engine that takes images, all
-            is then done in the calling thread, `finish` too: others would have nothing to wait for.
-            If its outputs have been checked before, they are not checked again.
+        in_memory: `read` only returns what is in memory. With an engine that takes images, the
+            calling thread then does everything, `finish` too, since other threads would have
+            nothing to wait for; outputs that were checked before are not checked again.
 
     Raises:
-        UserError: the engine cannot do what is asked, its outputs cannot be a detector's, or what
-            `read` and `finish` raise.
+        UserError: the engine cannot do what is asked, or its outputs cannot be a detector's.
+        Whatever `read` and `finish` raise.
     """
     options = options or PredictOptions()
     nms, border = resolve(engine, options)
@@ -349,7 +348,7 @@ class _Running(Generic[Item]):
 
 
 class _ThisThread(Executor):
-    """Does at once what it is given."""
+    """An executor that runs each call at once, in the calling thread."""
 
     def submit(
         self, fn: Callable[_P, _Found], /, *args: _P.args, **kwargs: _P.kwargs
@@ -360,7 +359,7 @@ class _ThisThread(Executor):
 
 
 class _Pipeline(Generic[Item, Result]):
-    """Batches in the engine (`running`), and those after it, in another thread (`pending`)."""
+    """Batches in the engine (`running`) and in post-processing (`pending`)."""
 
     def __init__(
         self,
@@ -374,7 +373,7 @@ class _Pipeline(Generic[Item, Result]):
         self.running: deque[_Running[Item]] = deque()
         self.pending: deque[Future[Processed[Item, Result]]] = deque()
         self._engine, self._nms, self._clip, self._finish = engine, nms, clip, finish
-        # Packing images takes about as long as a fast engine: with one batch more, it never waits.
+        # Packing images takes about as long as a fast engine: one more batch keeps it busy.
         self._most = engine.in_flight + in_memory
         self._is_first = not is_checked
         self._engine_free = 0.0
@@ -486,9 +485,9 @@ def _steps(
     is_checked: bool,
     loading: dict[str, Any],
 ) -> Generator[_Step[Item], None, None]:
-    """Yield batches ready for the engine: on an engine that takes images only the first here.
+    """Yield batches ready for the engine; without `open_item`, images are read in this thread.
 
-    Without `open_item` they are read in this thread.
+    On an engine that takes images, only the first batch, which is checked, is letterboxed here.
     """
     if not engine.takes_images():
         yield from _prepared_here(engine, source, read, nms, loading)
@@ -527,7 +526,7 @@ def _prepared_here(
     nms: NmsSettings,
     loading: dict[str, Any],
 ) -> Generator[_Step[Item], None, None]:
-    """Yield batches that were letterboxed in this machine's memory.
+    """Yield batches that are letterboxed on the CPU.
 
     Where kernels are compiled for each batch size, the last one is filled up like the others.
     """
@@ -547,13 +546,12 @@ def _prepared_here(
 
 
 def resolve(engine: Engine, options: PredictOptions) -> tuple[NmsSettings, int]:
-    """Return the thresholds and the gray border in pixels that options mean for an engine.
+    """Return the thresholds and the gray border in pixels that options give an engine.
 
-    Thresholds that they leave open are those of evaluation, see `measured_nms`.
+    Default thresholds are those of evaluation, see `measured_nms`.
 
     Raises:
-        UserError: the engine has decided otherwise (see `check_thresholds`), or its input does not
-            fit them (see `letterbox.resolve_border`).
+        UserError: see `check_thresholds` and `letterbox.resolve_border`.
     """
     nms = options.nms(measured_nms(engine.nms))
     check_thresholds(engine.path, engine.nms, nms)
@@ -566,7 +564,7 @@ def default_nms(engine: Engine) -> NmsSettings:
 
 
 def shown_nms(inside: NmsSettings | None) -> NmsSettings:
-    """Return the thresholds of what is shown; `inside` are those of a graph that has some."""
+    """Return the thresholds of `predict` and `infer`; `inside` are those of NMS in the graph."""
     return _at_least(SHOWN_CONFIDENCE, inside)
 
 
@@ -597,11 +595,10 @@ def choose_batch(engine: Engine, batch: int | None) -> int:
 
 
 def check_thresholds(path: Path, inside: NmsSettings | None, nms: NmsSettings) -> None:
-    """Refuse thresholds that an `end2end` engine, with some inside, has already decided otherwise.
+    """Refuse thresholds that an engine with NMS inside cannot honour.
 
     Raises:
-        UserError: the engine's built-in suppression dropped what is asked for, used another IoU, or
-            keeps fewer boxes.
+        UserError: its NMS drops lower scores, uses another IoU, or keeps fewer boxes.
     """
     if inside is None:
         return

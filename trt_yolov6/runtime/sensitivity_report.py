@@ -1,7 +1,7 @@
 """Sensitivity as the paper reports it: layers ranked, and what keeping some in float brings.
 
-Fig. 7 ranks layers by AP with only one of them in INT8; Table 21 compares metrics by the AP that
-each one's six most sensitive layers bring back when they stay in float.
+Fig. 7 ranks layers by AP with only one of them in INT8; Table 21 compares metrics by the AP with
+the six layers in float that each finds most sensitive.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class LabelledAp:
         """
         (ap, own), (ap_base, other) = (self._measured(one) for one in (model, base))
         found = interval(lambda draws: own.ap(draws) - other.ap(draws), own.images)
-        # As evaluation has it, which passes over crowds.
+        # The evaluation's own APs, which ignore crowds, give the centre.
         moved = ap - ap_base - found.value
         return Interval(*(one + moved for one in (found.value, found.low, found.high)))
 
@@ -142,7 +142,7 @@ class LabelledAp:
         digest = sha256_bytes(model.SerializeToString())
         if digest not in self._known:
             while len(self._known) >= _KEPT:
-                # The first one is the float network, which the others are held against.
+                # The first one is the float network, which all others are compared with.
                 del self._known[list(self._known)[1]]
             self._known[digest] = self._evaluated(model)
         return self._known[digest]

@@ -1,7 +1,7 @@
 """Images through an engine on several GPUs of one machine: a process each, results in order.
 
-Processes, not threads: what Python does for an image takes a hundredth of a millisecond to a tenth,
-so that one interpreter, whose threads take turns, is busy with one fast GPU.
+Processes, not threads: Python's work takes 0.01 to 0.1 ms an image, so one interpreter, whose
+threads take turns, is busy with one fast GPU.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PATIENCE = 10
 
 
 def loader_of(engine: Engine) -> Callable[[], Engine]:
-    """Return how another process loads an engine."""
+    """Return a function, which can be pickled, that loads the engine in another process."""
     return functools.partial(load_engine, engine.path, engine.backend, engine.load_options)
 
 
@@ -82,15 +82,15 @@ def process_on_gpus(
     options: PredictOptions | None = None,
     **others: Any,
 ) -> Generator[Processed[Item, Result], None, None]:
-    """Do what `predict.process` does on several GPUs; batches come in the order of the items.
+    """Run `predict.process` on several GPUs; batches come in the order of the items.
 
     Args:
         gpus: from `check_gpus`.
-        engine: its file is loaded once a GPU.
-        items, read, finish: as in `process`, but they travel to other processes, by pickle; what
-            `finish` returns travels back. Original images do not.
+        engine: its file is loaded once per GPU.
+        items, read, finish: as in `process`, but pickled for other processes, as is what `finish`
+            returns. Original images do not come back.
         options: as in `process`.
-        others: of `process`.
+        others: other arguments of `process`.
 
     Raises:
         UserError: as `process`; or a process has died.
@@ -125,64 +125,64 @@ def _in_order(
     items: Iterator[Any],
     batch: int,
 ) -> Generator[Any, None, None]:
-    """Give out batches as they are asked for, and yield their results in order."""
-    given: dict[Any, list[int]] = {ours: [] for ours in workers}
+    """Hand out batches on request, and yield their results in order."""
+    in_work: dict[Any, list[int]] = {ours: [] for ours in workers}
     chunks: dict[int, list[Any]] = {}
-    asking: list[Any] = []
+    requests: list[Any] = []
     done: dict[int, Any] = {}
     noted: set[str] = set()
-    open_ends = dict(zip(workers, gpus, strict=True))
+    gpu_of = dict(zip(workers, gpus, strict=True))
     ended: set[Any] = set()
-    number = following = 0
-    while open_ends:
-        parcels: dict[Any, list[list[Any]]] = {}
-        for ours in list(asking):
+    next_batch = next_result = 0
+    while gpu_of:
+        outgoing: dict[Any, list[list[Any]]] = {}
+        for ours in list(requests):
             if ours in ended:
                 continue
-            # The process that has the next results gets what it asks for: it may hand none out
-            # before there are some batches after it.
-            is_next = bool(given[ours]) and given[ours][0] == following
-            if not is_next and number >= following + _AHEAD * len(workers):
+            # The process with the next result always gets what it asks for: it may return none
+            # before it has some batches more.
+            is_next = bool(in_work[ours]) and in_work[ours][0] == next_result
+            if not is_next and next_batch >= next_result + _AHEAD * len(workers):
                 continue
-            asking.remove(ours)
+            requests.remove(ours)
             chunk = list(itertools.islice(items, batch))
-            parcels.setdefault(ours, []).append(chunk)
+            outgoing.setdefault(ours, []).append(chunk)
             if chunk:
-                given[ours].append(number)
-                chunks[number] = chunk
-                number += 1
-            else:  # the end, said once
+                in_work[ours].append(next_batch)
+                chunks[next_batch] = chunk
+                next_batch += 1
+            else:  # the empty batch that means the end is sent once
                 ended.add(ours)
-        for ours, parcel in parcels.items():
-            ours.send(parcel)
-        ready: list[Any] = wait(list(open_ends))
+        for ours, batches in outgoing.items():
+            ours.send(batches)
+        ready: list[Any] = wait(list(gpu_of))
         for ours in ready:
             try:
                 kind, value = ours.recv()
             except (EOFError, OSError) as error:
                 raise UserError(
-                    f"the process of GPU {open_ends[ours]} ended before its work; see its messages "
+                    f"the process of GPU {gpu_of[ours]} ended before its work; see its messages "
                     "above, and whether another program takes the GPU's memory."
                 ) from error
             if kind == "give":
-                asking += [ours] * value
+                requests += [ours] * value
             elif kind == "done":
-                index = given[ours].pop(0)
+                index = in_work[ours].pop(0)
                 done[index] = _unpacked(value, chunks.pop(index))
             elif kind == "failed":
                 raise value
             else:
-                del open_ends[ours]
-        while following in done:
-            step = done.pop(following)
+                del gpu_of[ours]
+        while next_result in done:
+            step = done.pop(next_result)
             notes = tuple(note for note in step.notes if note not in noted)
             noted.update(notes)
             yield dataclasses.replace(step, notes=notes)
-            following += 1
+            next_result += 1
 
 
 def _packed(step: Processed[Any, bytes]) -> Processed[Any, bytes]:
-    """Leave out what the other end has."""
+    """Return a batch without what the parent process has."""
     batch = dataclasses.replace(step.batch, images=())
     if not batch.failures:
         batch = dataclasses.replace(batch, items=())
@@ -198,7 +198,7 @@ def _unpacked(step: Processed[Any, bytes], chunk: list[Any]) -> Processed[Any, A
 
 
 def _receive(theirs: Connection, received: queue.SimpleQueue[Any]) -> None:
-    """Hand on what comes, up to an empty batch; None if the other end is closed before."""
+    """Queue received batches up to an empty one; None if the connection closes before."""
     try:
         chunk = None
         while chunk != []:
@@ -209,7 +209,7 @@ def _receive(theirs: Connection, received: queue.SimpleQueue[Any]) -> None:
 
 
 def _send(theirs: Connection, outgoing: queue.SimpleQueue[Any]) -> None:
-    """Send what comes, up to None, or until nobody reads any more."""
+    """Send queued messages up to None, or until the connection closes."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         while (message := outgoing.get()) is not None:
             try:
@@ -222,7 +222,7 @@ def _send(theirs: Connection, outgoing: queue.SimpleQueue[Any]) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """Return an error as the other end can have it: itself, or its text where pickle fails."""
+    """Return an error that can be pickled: itself, or else one with its text."""
     try:
         return pickle.loads(pickle.dumps(error))  # type: ignore[no-any-return]
     except Exception:
@@ -238,10 +238,10 @@ def _work(
     options: PredictOptions,
     others: dict[str, Any],
 ) -> None:
-    """Be the process of one GPU."""
+    """Run the process of one GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    # Each way has a thread of its own: the other end never waits to write, nor the engine for it to
-    # read. A batch's boxes may take more than there is room for on the way.
+    # A thread for each direction: the parent never waits to write, nor the engine for the parent to
+    # read. A batch's boxes may exceed the pipe's buffer.
     received: queue.SimpleQueue[Any] = queue.SimpleQueue()
     outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(theirs, received), daemon=True).start()
@@ -270,7 +270,7 @@ def _work(
             for step in process(engine, items(), read, packed, options, **others):
                 outgoing.put(("done", _packed(step)))
         outgoing.put(("end", None))
-    except EOFError:  # closed at the other end: nobody wants more
+    except EOFError:  # the parent has closed the connection
         pass
     except Exception as error:
         outgoing.put(("failed", _portable(error)))
@@ -279,9 +279,9 @@ def _work(
 
 
 def get_ready(engine: Engine, options: PredictOptions, *, decodes: bool) -> None:
-    """Do what takes seconds once, such as compiling kernels, with empty images.
+    """Do what takes seconds at first, such as compiling kernels, on empty images.
 
-    A process that took a batch before would have all results of the others wait for it.
+    Otherwise the results of all processes would wait for this one's first batch.
     """
     rows, size = choose_batch(engine, options.batch), engine.image_size
     empty = engine.empty_input(rows)
@@ -295,6 +295,6 @@ def get_ready(engine: Engine, options: PredictOptions, *, decodes: bool) -> None
     start = functools.partial(
         engine.start_images, images, placed, resolve(engine, options)[0], clip=options.clip
     )
-    for _ in range(2):  # the second time, runs are recorded
+    for _ in range(2):  # the second round records CUDA graphs
         for run in [start(rows=rows, patient=True) for _ in range(engine.in_flight)]:
             run.wait()

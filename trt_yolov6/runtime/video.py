@@ -103,7 +103,7 @@ class VideoWriter:
                     *(program, "-y", "-nostdin", "-loglevel", "quiet"),
                     *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"),
                     *("-r", f"{self.rate:.6g}", "-i", "-", "-c:v", encoder),
-                    # Half as many chroma samples need even sides: a line is added, none cut off.
+                    # Subsampled chroma needs even sides: add a line rather than cut one off.
                     *("-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p"),
                     *("-movflags", "+faststart", "-f", "mp4", str(self.path)),
                 ],

@@ -111,21 +111,21 @@ class TritonPythonModel:
         import triton_python_backend_utils as triton
 
         answers: list[Any] = [None] * len(requests)
-        wanted: list[int] = []
+        live: list[int] = []
         inputs: list[Any] = []
         for index, request in enumerate(requests):
             if request.is_cancelled():
                 gone = triton.TritonError("the client is gone", triton.TritonError.CANCELLED)
                 answers[index] = triton.InferenceResponse(error=gone)
                 continue
-            wanted.append(index)
+            live.append(index)
             inputs.append(triton.get_input_tensor_by_name(request, self._input).as_numpy())
         results: Sequence[dict[str, Any] | UserError]
         try:
             results = (self._detect if self._pictures else self._infer)(inputs) if inputs else []
         except UserError as error:
             results = [error] * len(inputs)
-        for index, result in zip(wanted, results, strict=True):
+        for index, result in zip(live, results, strict=True):
             if isinstance(result, UserError):
                 wrong = triton.TritonError(str(result), triton.TritonError.INVALID_ARG)
                 answers[index] = triton.InferenceResponse(error=wrong)

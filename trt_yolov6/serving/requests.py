@@ -77,12 +77,12 @@ def run_tensors(
     Raises:
         UserError: an input is of the wrong shape or dtype, or there are too many images.
     """
-    wanted = engine.input
+    expected = engine.input
     for request in requests:
-        if not wanted.fits(request):
+        if not expected.fits(request):
             raise UserError(
-                f"the input is {request.dtype} {list(request.shape)}, not {wanted.dtype} "
-                f"{['batch', *wanted.shape[1:]]}; send it as the configuration says."
+                f"the input is {request.dtype} {list(request.shape)}, not {expected.dtype} "
+                f"{['batch', *expected.shape[1:]]}; send it as the configuration says."
             )
     counts = [len(request) for request in requests]
     total = sum(counts)

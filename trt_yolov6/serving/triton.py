@@ -1,4 +1,4 @@
-"""Engines into a model repository of Triton Inference Server, which serves them on many GPUs.
+"""Write engines into a model repository of Triton Inference Server.
 
     <repository>/yolov6n_int8/config.pbtxt      how it is batched and where it runs
                              /labels.txt        the class names
@@ -12,9 +12,9 @@ or, for Triton's Python backend, which runs this package and with it engines of 
                                     /1/engine.onnx      or engine.trt
                                     /1/engine.json      its manifest
 
-`config.pbtxt` is a `ModelConfig` in protobuf's text format. It is written here by hand, since
-Triton's schema comes with its client only; the tests parse it with that schema. What a client needs
-to prepare images and to read the outputs stands in the configuration's `parameters`.
+`config.pbtxt` is a `ModelConfig` in protobuf's text format. It is written by hand, since Triton's
+schema comes only with its client; the tests parse it with that schema. Its `parameters` tell
+clients how to prepare images and read the outputs.
 """
 
 from __future__ import annotations
@@ -88,18 +88,18 @@ class ServingSettings(Checked):
     """Settings for running the engines in Triton."""
 
     instances: Count = 1
-    """Copies of the engine on each GPU, or on the CPU, that work side by side."""
+    """Concurrent copies of the engine on each GPU, or on the CPU."""
     gpus: tuple[int, ...] | None = None
-    """Numbers of the GPUs; None takes all that the server has, `()` the CPU (ONNX only)."""
+    """Numbers of the GPUs; None: all of the server's; `()`: the CPU (ONNX only)."""
     max_queue_delay_us: Annotated[int, Meta(ge=0)] = 100
-    """Microseconds a request waits at most for others to share a batch with."""
+    """Most microseconds that a request waits to share a batch with others."""
     default_cpu: bool = False
     """True for a server without a GPU: ONNX files run on the CPU if `gpus` is None."""
     predict: PredictOptions = dataclasses.field(default_factory=PredictOptions)
-    """Thresholds of entries that take images; those that are None are as for `infer`."""
+    """Thresholds of entries that take images; default: those of `infer`."""
     extra: str = ""
     """Further fields of `ModelConfig` in protobuf's text format, such as a response cache. They
-    take the place of fields of the same name; `parameters` are added."""
+    replace fields of the same name; `parameters` are added."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,7 +120,7 @@ _OF_THE_ENGINE = (
 
 @dataclass(frozen=True)
 class ServedModel:
-    """An engine as Triton knows it."""
+    """Triton's description of an engine."""
 
     engine: Path
     name: str
@@ -132,9 +132,9 @@ class ServedModel:
     batch: BatchProfile
     class_names: tuple[str, ...]
     parameters: dict[str, str]
-    """Facts for clients: decoder, layout, pre-processing, names, where it came from."""
+    """Facts for clients: decoder, layout, preprocessing, class names, origin."""
     shared_outputs: bool
-    """The outputs hold the boxes of all images together, which Triton cannot part again."""
+    """The outputs hold the boxes of all images together, which Triton cannot split."""
     backend: str = "onnxruntime"
     """Backend that the engine was built for."""
     serves: Serves | None = None
@@ -144,7 +144,7 @@ class ServedModel:
 
     @property
     def max_batch_size(self) -> int:
-        """Triton's: 0 where it must not put requests together, and shapes are given in full."""
+        """`max_batch_size` of the configuration: 0 where requests must not be batched."""
         if self.serves == "pictures":
             return self.batch.max
         return 0 if self.batch.is_static or self.shared_outputs else self.batch.max
@@ -174,8 +174,8 @@ def export_triton(
         The folders that were written, in the order of `engines`.
 
     Raises:
-        UserError: an engine is missing, damaged or none that Triton loads, two would have the same
-            name, or an entry of that name is there already.
+        UserError: an engine is missing, damaged or not one that Triton loads, or two entries would
+            have one name, or there is an entry of that name already.
     """
     settings = settings or ServingSettings()
     output = Path(output)
@@ -227,15 +227,14 @@ def served_model(
 ) -> ServedModel:
     """Return Triton's description of an engine.
 
-    Its manifest tells, so that a plan need not be loaded; an ONNX file without one is looked into.
+    It is made from the manifest, without loading the plan, or from an ONNX file without one.
 
     Args:
         engine: the file.
         loading, python: see `export_triton`.
 
     Raises:
-        UserError: it is missing, damaged or no engine that Triton loads, or a plan without a
-            manifest.
+        UserError: it is missing, damaged, not one that Triton loads, or a plan without a manifest.
     """
     path = Path(engine)
     if not path.is_file():
@@ -279,9 +278,9 @@ def _in_python(model: ServedModel, serves: Serves, loading: LoadOptions | None) 
 
 
 def _check_graph(path: Path, python: Serves | None) -> None:
-    """Raise UserError for an ONNX file that is not complete by itself.
+    """Raise UserError for an ONNX file with external weights or inputs other than images.
 
-    Inputs that this package fills in or casts itself Triton would ask of clients.
+    This package fills in or casts such inputs; Triton would require them of clients.
     """
     from trt_yolov6.graph.files import has_other_files, read_onnx, value_spec
     from trt_yolov6.graph.inputs import runtime_inputs
@@ -320,7 +319,7 @@ def _model(path: Path, details: Manifest, python: Serves | None) -> ServedModel:
     fixed = source.shape[0]
     batch = details.batch if fixed is None else BatchProfile.of(fixed)
     shared = LAYOUTS[details.output_layout].shared
-    # This package fills small batches up.
+    # The Python backend pads small batches.
     if not batch.is_static and batch.min > 1 and not shared and python is None:
         raise UserError(
             f"{path} takes batches of {batch.min} or more, and Triton forms smaller ones where "
@@ -371,7 +370,7 @@ def _checked_name(name: str) -> str:
 
 
 def _safe(name: str) -> str:
-    """Return a name that is one folder of its own, whatever a file said of itself."""
+    """Return a name that is a single folder, whatever a manifest says."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".-") or "model"
 
 
@@ -388,8 +387,7 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
     """Return a model's `config.pbtxt`.
 
     Raises:
-        UserError: a plan of TensorRT is to run on the CPU, or the engine has decided otherwise on
-            thresholds.
+        UserError: a plan of TensorRT cannot run on the CPU, or see `check_thresholds`.
     """
     on_cpu = runs_on_cpu(model, settings)
     if on_cpu and model.backend != "onnxruntime":
@@ -405,7 +403,7 @@ def config_text(model: ServedModel, settings: ServingSettings) -> str:
         f"max_batch_size: {model.max_batch_size}",
         _block("input", *_tensor_lines(model.input, batched)),
     ]
-    # Triton's classification reads class names from there, by their place in the output.
+    # Triton's classification extension reads class names from labels.txt.
     labelled = next((spec for spec in model.outputs if "score" in spec.name), model.outputs[0])
     has_labels = bool(model.class_names) and model.serves != "pictures"
     for spec in model.outputs:
@@ -461,6 +459,6 @@ def _write_entry(folder: Path, model: ServedModel, config: str) -> None:
             )
     (folder / "config.pbtxt").write_text(config, "utf-8")
     if model.class_names:
-        # A line a name: one that has several would shift all after it.
+        # A name of several lines would shift all after it.
         names = (" ".join(name.split()) for name in model.class_names)
         (folder / "labels.txt").write_text("".join(f"{name}\n" for name in names), "utf-8")

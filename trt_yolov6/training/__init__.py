@@ -1,4 +1,4 @@
-"""Training as the paper has it: what produces checkpoints worth deploying.
+"""Training by the paper's recipe.
 
     data set ──TrainingSet──▶ batches ──model.raw──▶ assignment, losses ──▶ trainer ──▶ checkpoint
 

@@ -1,9 +1,9 @@
-"""Which anchor learns which object: task alignment learning, ATSS and SimOTA.
+"""Assign objects to anchors: task alignment learning, ATSS and SimOTA.
 
 Paper, Section 2.2 (and Tables 6 and 7). Each function takes a whole batch without loops over
 anchors or objects, passes no gradient, and breaks ties by the lower index, so that equal input
-gives equal labels on every device. An object may stay without anchors (all three ask for anchors
-in or near it); an anchor serves one object at most.
+gives equal labels on every device. An object may get no anchor, since all three choose among
+anchors in or near it; an anchor gets at most one object.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Assignment:
     """Training targets of every anchor of a batch."""
 
     foreground: Tensor
-    """bool (batch, anchors), True where the anchor is to find an object."""
+    """bool (batch, anchors), True where the anchor has an object."""
     matched: Tensor
     """int64 (batch, anchors), index into the image's row of the targets; 0 for background."""
     boxes: Tensor
@@ -44,10 +44,10 @@ class Assignment:
     classes: Tensor
     """int64 (batch, anchors), the object's class; the number of classes for background."""
     scores: Tensor
-    """float32 (batch, anchors, classes) in 0..1, the soft target of classification: zero but at
+    """float32 (batch, anchors, classes) in 0..1, the soft target of classification: zero except at
     the object's class, where it is the normalized alignment metric (task alignment) or the IoU of
-    the predicted box with the object (ATSS, SimOTA). Its sum over classes weighs the anchor's box
-    losses, its total normalizes every loss."""
+    the predicted box with the object (ATSS, SimOTA). Its sum over classes weights the anchor's box
+    losses; its total normalizes every loss."""
 
 
 @torch.no_grad()
@@ -55,9 +55,9 @@ def task_aligned(scores: Tensor, boxes: Tensor, points: Tensor, targets: Targets
     """Assign by task alignment learning (TOOD, Feng et al., 2021; the paper's default).
 
     The alignment metric of an anchor and an object is score * IoU^6, of the predicted score of the
-    object's class and the predicted box. Of the anchors whose point lies inside an object, it takes
-    the `TAL_TOPK` of the highest metric above zero; an anchor that several take goes
-    to the one it overlaps most. An object's metrics are then scaled so that their highest equals
+    object's class and the predicted box. An object takes the `TAL_TOPK` anchors of the highest
+    metric above zero among those whose point lies inside it; an anchor that several take goes to
+    the one it overlaps most. An object's metrics are then scaled so that their highest equals
     the highest IoU among its anchors. (TOOD adds a small constant to the divisor; it is left out
     here because with IoU^6 it would silence objects that the first predictions barely touch.)
 

@@ -408,7 +408,7 @@ def render(pictures: Tensor, sizes: Tensor, inverse: Tensor, size: int) -> Tenso
         x = torch.where(left, x + wide, x)
         y = torch.where(top, y + high, y)
         below = height * (3 - 2 * top.float() - left.float())
-    # At an image's edge the outermost pixel goes on, so that no neighbour in the atlas bleeds in.
+    # Clamp to the image's edge pixels, so that no neighbour in the atlas bleeds in.
     x = torch.minimum(x, wide - 0.5).clamp_(min=0.5)
     y = torch.minimum(y, high - 0.5).clamp_(min=0.5)
     if below is not None:

@@ -1,7 +1,7 @@
-"""Bad training data, named: what is wrong with a data set, and what is left out of training.
+"""Validation of training data: a report on all faults of a data set, and what to leave out.
 
-`load_coco` refuses a file at its first fault. Training reads files that nobody has cleaned, so all
-that is wrong ends up in one report.
+`load_coco` refuses a file at its first fault. Training reads files that nobody has cleaned, so one
+report lists all faults.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def decode(
         try:
             pixels = read_coco_image(image)
         except UserError as error:
-            # A file that decodes by itself failed for its size.
+            # A file that can be decoded has another size than recorded.
             try:
                 read_image(image.path)
             except UserError:

@@ -75,7 +75,7 @@ class TrainingSet:
     first: Tensor
     """int64 (n + 1,) on the CPU: objects `first[i]` to `first[i + 1]` belong to image i."""
     report: DataReport
-    """Problems found and, since it loaded, left out."""
+    """Problems that were found and left out."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -105,11 +105,11 @@ class TrainingSet:
             generator: on the CPU; the only source of chance, so the same state gives the same
                 batch, on any device up to rounding (the objects exactly). It advances by the same
                 amount whatever the settings.
-            strong: False turns Mosaic and Mixup off, as for the last epochs; affine, colour,
-                flips and the gray border stay.
-            share: (rank, processes): make only this part of the batch, of equal lengths or one
-                longer, in order. With the same indices and generator state in every process, the
-                parts are those of the whole batch that one process would make.
+            strong: False turns off Mosaic and Mixup, as in the last epochs, but not affine, colour,
+                flips and the gray border.
+            share: (rank, processes): make only this part of the batch; lengths differ by one at
+                most. With the same indices and generator state in every process, the parts make
+                up the batch that a single process would make.
 
         Returns:
             float32 (B, 3, S, S) RGB in 0..1, and the `Targets`.
@@ -133,7 +133,7 @@ class TrainingSet:
         """Return images, uint8 (k, 3, H, W), on the device."""
         if self.images.device == self.device:
             return self.images.index_select(0, to_device(torch.from_numpy(images), self.device))
-        # Copied one by one, straight from the store: gathering them first would be a second copy.
+        # One by one, directly to the device: gathering first would copy everything twice.
         gathered = torch.empty(
             len(images), *self.images.shape[1:], dtype=torch.uint8, device=self.device
         )
@@ -142,7 +142,7 @@ class TrainingSet:
         return gathered
 
     def targets(self, plan: BatchPlan) -> Targets:
-        """Return the objects of a batch without those that are barely left."""
+        """Return the objects of a batch without those of which too little is left."""
         all_boxes, all_classes, first = self.boxes.numpy(), self.classes.numpy(), self.first.numpy()
         found = []
         for layers in (plan.singles, plan.mosaics, plan.mixed):
@@ -194,16 +194,16 @@ def load_training_set(
         folder: the data set's folder.
         split: which part; default: as `load_coco`.
         image_size: the side of the network's input, in pixels; the images' long side.
-        device: where batches shall be made; the images are held there if they take at most
-            half of its free memory, else in host memory, pinned if it is for a GPU.
-        on_bad_data: `refuse`: raise, once all is checked; `skip`: leave out exactly what is wrong.
-        progress: show a bar while loading, on a terminal.
-        report_file: where to write the report as JSON if there is anything in it.
-        class_names: of the network that is trained on; a data set with the same classes in another
-            order is put in this one.
+        device: device of the batches. The images are held there if they take at most half of its
+            free memory, otherwise in host memory, pinned for a GPU.
+        on_bad_data: `refuse`: raise after checking everything; `skip`: leave out only what is
+        wrong. progress: show a bar while loading, on a terminal. report_file: JSON file for the
+        report, written if it is not empty. class_names: classes of the checkpoint to train on; a
+        data set with the same classes is put
+            in their order.
 
     Raises:
-        BadDataError: there are problems and they are to be refused.
+        BadDataError: there are problems, and `on_bad_data` is `refuse`.
         UserError: there is no such split, nothing to train on is left in it, or it does not fit
             into memory.
     """
@@ -270,7 +270,7 @@ def data_notes(
 
 
 def _in_corner(image: CocoImage, image_size: int) -> Letterbox:
-    """Place an image in the corner of its row: augmentation says where it goes."""
+    """Place an image in the corner of its row; augmentation moves it."""
     placed = fit((image.height, image.width), (image_size, image_size))
     return dataclasses.replace(placed, top=0, left=0)
 
@@ -297,7 +297,7 @@ def _allocate(
     sizes: Sequence[tuple[int, int]], image_size: int, device: torch.device, file: Path
 ) -> Tensor:
     """Return uint8 (n, 3, H, W) for images of the sizes, on a device or in host memory."""
-    # As high and wide as any image is: images of one format take no more than they need.
+    # Only as high and wide as the largest image, so images of one format waste nothing.
     height = max((size[0] for size in sizes), default=1)
     width = max((size[1] for size in sizes), default=1)
     shape = len(sizes), 3, height, width
@@ -315,7 +315,7 @@ def _allocate(
             f"{free / 1e9:.1f} GB are free; give a smaller `image_size` or a part of the data set."
         )
     if device.type == "cuda":
-        # More than may be pinned still works, with slower copies.
+        # Beyond the limit of pinned memory, copies are only slower.
         with contextlib.suppress(RuntimeError):
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
     return torch.empty(shape, dtype=torch.uint8)

@@ -46,7 +46,7 @@ PARTS = ("total", "class", "box", "dfl", "objectness", "distill_class", "distill
 
 @dataclass(frozen=True)
 class DetectionTask:
-    """A detector to be trained, and how it is evaluated."""
+    """A detector's training, and the settings of its evaluation."""
 
     task: Task
     settings: TrainSettings
@@ -163,7 +163,7 @@ def _training_data(
         report_file=folder / DATA_REPORT_FILE if processes.is_first else None,
         class_names=load_checkpoint(settings.weights).class_names if settings.weights else None,
     )
-    # The training split has the network's names and classes by now, as `in_order` leaves it.
+    # `in_order` has given the training split the network's names and class order.
     if (
         validation is not None
         and set(validation.class_names) != set(data.class_names)
@@ -179,7 +179,7 @@ def _training_data(
 def uses_cuda_graphs(
     settings: TrainSettings, device: torch.device, autocast: torch.dtype | None
 ) -> bool:
-    """Return whether the network's passes run as CUDA graphs: only in tried settings."""
+    """Return whether the network's passes run as CUDA graphs, which only some settings allow."""
     plain = settings.compile or settings.deterministic
     return (
         device.type == "cuda" and autocast == torch.bfloat16 and settings.cuda_graphs and not plain
@@ -213,11 +213,11 @@ def _wrapped(
 
 
 def _set_normalizations(model: nn.Module, plan: Plan) -> None:
-    """Take out the step counters, a hundred tiny kernels a step, and keep up in short trainings.
+    """Remove step counters (a hundred tiny kernels a step); adapt momenta to short trainings.
 
-    Running statistics trail the weights by 1 / momentum steps: 33 with the authors' constant. In a
-    training of 150 steps, that alone would take all of the accuracy; so they trail by no larger a
-    share of it than the average of the weights does.
+    Running statistics trail the weights by 1 / momentum steps, 33 with the authors' constant. In a
+    training of 150 steps, that alone would cost all accuracy, so they trail by at most the share of
+    the training that the average of the weights covers.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

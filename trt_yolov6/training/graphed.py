@@ -1,9 +1,9 @@
 """A network in training whose passes are CUDA graphs: its kernels in two calls a step.
 
-Kernel by kernel, a step of N or S waits for the core that gives the orders: thousands of small
-ones from Python, whatever the images. A graph gives those of the forward pass in one call, and
-those of the backward pass in another. What is computed is the same, to the last bit on one GPU.
-Augmentation, losses and the optimizer stay as they are: their shapes change from step to step.
+Without graphs, a step of N or S is bound by the CPU core that launches thousands of small kernels
+from Python, whatever the images. A graph launches those of the forward pass in one call, and those
+of the backward pass in another, with the same results to the last bit on one GPU. Augmentation,
+losses and the optimizer are not captured: their shapes change from step to step.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ def graphed(
 ) -> nn.Module:
     """Capture a network's passes in training, in place; it takes images of that shape from then on.
 
-    Gradients must be zeroed in place between steps (`zero_grad(set_to_none=False)`): one that is
-    not there is taken over as it lies, in the graph's own memory, where the next backward pass
-    would overwrite what is to be added up.
+    Gradients must be zeroed in place between steps (`zero_grad(set_to_none=False)`): a missing one
+    would be placed in the graph's own memory, where the next backward pass would overwrite what has
+    to be accumulated.
 
     Args:
         network: on a GPU, in training mode; parameters and buffers must stay where they are. In
-            evaluation mode it goes on kernel by kernel. Before DistributedDataParallel wraps it.
+            evaluation mode it runs without graphs. To be called before DistributedDataParallel
+            wraps it.
         shape: of the images; they are channels-last, as training has them.
         autocast: type that convolutions compute in; None for float32.
 
@@ -33,13 +34,13 @@ def graphed(
         The network, whose parameters have gradients of zero.
     """
     device = next(network.parameters()).device
-    # Captured on another stream, which PyTorch then waits for; it says so at every start.
+    # PyTorch waits for the stream of the capture, and warns of that at every start.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     images = torch.rand(shape, device=device).contiguous(memory_format=torch.channels_last)
     kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
     with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
         torch.cuda.make_graphed_callables(network, (images,), allow_unused_input=True)
-    # Trying it out has moved the running statistics.
+    # The warm-up before the capture has changed the running statistics.
     with torch.no_grad():
         for name, buffer in network.named_buffers():
             buffer.copy_(kept[name])

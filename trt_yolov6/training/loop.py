@@ -63,17 +63,17 @@ class Task:
     """Module that `losses` calls with the images; DistributedDataParallel in several processes."""
     learner: Learner
     losses: Callable[[Tensor, Targets, float], StepLosses]
-    """Return the losses of images, their targets and the epoch, from 0, with its fraction."""
+    """Returns the losses of images, their targets and the fractional epoch, from 0."""
     set_rates: Callable[[int], None]
-    """Give the optimizer the learning rates of a step, from 0."""
+    """Sets the optimizer's learning rates for a step, from 0."""
     line: Callable[[int, Sequence[float], float], dict[str, Any]]
-    """Return the log's line of an epoch (from 1), the means of the losses' parts and seconds."""
+    """Returns the log's line for an epoch (from 1), the mean of each loss, and seconds."""
     loss_factor: float = 1.0
-    """Factor of the loss whose gradients are taken."""
+    """Factor on the loss before the backward pass."""
     clip_norm: float | None = None
-    """Largest norm of the gradient; None: whatever it is."""
+    """Largest norm of the gradient; None: no clipping."""
     keeps_gradients: bool = False
-    """Zero the gradients where they lie, as `graphed` wants it."""
+    """Zero gradients in place, as `graphed` requires."""
 
 
 def train_epochs(
@@ -89,7 +89,7 @@ def train_epochs(
 
     Args:
         task: the training.
-        done: how far it has come; changed in place.
+        done: its progress; changed in place.
         state_file: where the state is written; None: nowhere.
         state_seconds: least time between two writings of the state, after a step of the optimizer.
         finish_epoch: called in the first process with the epoch, from 0, and its line, to which it
@@ -97,7 +97,7 @@ def train_epochs(
         progress: show a bar on a terminal's stderr; off one, log a header and a line an epoch.
 
     Raises:
-        UserError: the loss is not finite any more, or a file cannot be written.
+        UserError: loss or weights are not finite, or a file cannot be written.
     """
     plan = task.plan
     first_epoch = done.step // plan.steps_per_epoch
@@ -112,7 +112,7 @@ def train_epochs(
             save_state(state_file, task.learner, done, task.identity)
             saved_at = time.monotonic()
 
-    logged = is_logged(progress)  # a line an epoch then, none a minute
+    logged = is_logged(progress)  # with a line an epoch, instead of one a minute
     shown = progress and not logged
     with progress_bar(
         plan.total_steps, shown=shown, initial=done.step, desc=task.name, unit="step"
@@ -135,7 +135,7 @@ def train_epochs(
 def _train_epoch(
     task: Task, done: Progress, epoch: int, bar: Any, save: Callable[[], None]
 ) -> None:
-    """Do the epoch's steps that are not done yet; nothing in it waits for the device."""
+    """Do the epoch's remaining steps, without waiting for the device between them."""
     plan, learner = task.plan, task.learner
     order = epoch_order(plan, epoch, task.seed)
     strong = not is_last_phase(epoch, plan.epochs, task.plain_epochs)
@@ -175,7 +175,7 @@ def _train_epoch(
 def _backward(
     task: Task, images: Tensor, targets: Targets, epoch: float, *, update: bool
 ) -> Tensor:
-    """Add the gradients of a batch to those that are there; return the losses to log."""
+    """Accumulate the gradients of a batch; return the losses to log."""
     if task.processes.device.type == "cuda":
         images = images.contiguous(memory_format=torch.channels_last)
     # Gradients are exchanged once, before the optimizer's step.

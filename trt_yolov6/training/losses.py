@@ -101,7 +101,7 @@ def default_losses(arch: Architecture) -> LossSettings:
     VariFocal loss; SIoU for N and T, GIoU for all others; DFL where the head predicts
     distributions; objectness where the head has it.
     """
-    # By its name, so that N from random weights is an N with another activation, say, as well.
+    # By name, so that an N with another activation, for example, still counts as N.
     is_small = arch.name.startswith(("yolov6n", "yolov6t"))
     return LossSettings(
         box="siou" if is_small else "giou",
@@ -132,7 +132,7 @@ def detection_loss(
     """Return the loss of a batch.
 
     Every part is a sum over the batch divided by the sum of the soft targets (objectness: by the
-    number of foreground anchors), which counts for `LEAST_AN_IMAGE` an image at least.
+    number of foreground anchors), but at least by `LEAST_AN_IMAGE` per image.
 
     Args:
         levels: as `YOLOv6.raw` returns them, of any float dtype: a stride, class logits (batch,
@@ -141,7 +141,7 @@ def detection_loss(
         arch: the network they come from.
         targets: the batch's objects, on the same device.
         settings: which losses, see `check_losses`.
-        epoch: from 0; says which assigner is at work and how far distillation has decayed.
+        epoch: from 0; decides the assigner and the decay of distillation.
         teacher_levels: the teacher's output for the same images, of the same shapes.
         distillation: how to hold the student to the teacher, if there is one, with the number of
             epochs. Classes always, boxes where the head predicts distributions.
@@ -242,8 +242,8 @@ def poly_loss(logits: Tensor, positive: Tensor, *, epsilon: float) -> Tensor:
     """Return poly-1 focal loss (Leng et al., 2022), elementwise.
 
     Focal loss (Lin et al., 2017), -α (1 - p)² log p, plus α ε (1 - p)³: the first term of its
-    expansion, weighed up by ε. p is the probability of what is true, and α is 0.25 for positives,
-    0.75 for negatives.
+    expansion with additional weight ε. p is the probability of the true outcome; α is 0.25 for
+    positives, 0.75 for negatives.
     """
     wrong = torch.where(positive, -logits, logits)
     missing = torch.sigmoid(wrong)
@@ -269,8 +269,8 @@ def distribution_focal_loss(regression: Tensor, distances: Tensor, reg_max: int)
     Args:
         regression: float (batch, 4 * (reg_max + 1), anchors), logits of the bins, those of one
             side together.
-        distances: float (batch, 4, anchors), left, top, right, bottom in strides; taken for the
-            nearest of 0..reg_max where outside.
+        distances: float (batch, 4, anchors), left, top, right, bottom in strides; clipped to
+            0..reg_max.
         reg_max: largest bin.
 
     Returns:
@@ -294,11 +294,12 @@ def class_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Te
 
 
 def distilled_share(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return how much the divergence of each class counts: what VariFocal loss weighs labels by.
+    """Return the weight of each class's divergence, as VariFocal loss weights labels.
 
-    max(p_t, 0.75 p_s²): the quality, as the teacher sees it, where there is an object, else what
-    the student gets wrong. With all anchors alike, the many that are background pulled 6 to 25
-    times as hard as the labels did, and trainings of L ended far below their teacher or diverged.
+    max(p_t, 0.75 p_s²): where there is an object its quality according to the teacher, elsewhere
+    the student's error. With equal weights, gradients of the many background anchors were 6 to 25
+    times as large as those of the labels, and trainings of L ended far below their teacher or
+    diverged.
     """
     return torch.maximum(torch.sigmoid(teacher), 0.75 * torch.sigmoid(student).square())
 
@@ -324,7 +325,7 @@ def assigned(
     arch: Architecture,
     assigner: Assigner,
 ) -> Assignment:
-    """Return the labels of all anchors by the assigner of a name; see `assigners`."""
+    """Return the labels of all anchors by a named assigner, see `assigners`."""
     if assigner == "tal":
         return task_aligned(scores, boxes, points, targets)
     if assigner == "atss":

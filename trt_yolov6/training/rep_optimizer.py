@@ -9,8 +9,8 @@ With scales s (3x3), t (1x1) and c (identity) a channel, the branches add up to 
 W = s K3 + t K1 + diag(c). A step of SGD on K3, K1 and c, the scales s and t being constants, moves
 W by the gradient of W times s² everywhere, plus t² in the centre, plus 1 on the centre's diagonal.
 Weight decay shrinks all three parts alike, and so W; momentum is a sum of past steps, and so is
-linear too. Hence: multiply the gradient, then decay and momentum as ever. What comes out is the
-trajectory of the branches up to rounding, without them in training or in deployment.
+linear too. Hence: multiply the gradient, then apply decay and momentum as usual. The result is the
+trajectory of the branches up to rounding, without branches in training or deployment.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def gradient_multipliers(search: YOLOv6) -> dict[str, Tensor]:
 def gradient_multiplier(block: ScaledRepConv) -> Tensor:
     """Return the multipliers of one block (arXiv 2205.15242, Section 3): (out, in, 3, 3).
 
-    s² everywhere, t² more in the centre, 1 more on the centre's diagonal where there is an identity
-    branch: its own scale is what is trained of it.
+    s² everywhere, plus t² in the centre, plus 1 on the centre's diagonal with an identity branch,
+    whose only parameter is its scale.
     """
     with torch.no_grad():
         result = block.dense_scale.square()[:, None, None, None].expand_as(block.dense).clone()

@@ -70,8 +70,8 @@ def make_plan(
     gathered = 0
     for step in range(total):
         gathered += 1
-        wanted = round(1 + (most - 1) * _progress(step, warmup))
-        done = gathered >= wanted or (step + 1) % steps == 0
+        needed = round(1 + (most - 1) * _progress(step, warmup))
+        done = gathered >= needed or (step + 1) % steps == 0
         updates.append(done)
         gathered = 0 if done else gathered
     return Plan(images, batch, epochs, steps, warmup, tuple(updates))

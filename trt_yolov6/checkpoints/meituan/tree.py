@@ -104,7 +104,7 @@ def _named(state: dict[Any, Any], group: str) -> Iterator[tuple[str, Shell]]:
 
 
 def _check_finite(tree: Tree) -> None:
-    # A sum is not finite where a value is not. It may overflow by itself; then look at the values.
+    # A sum with a value that is not finite is not finite; others may overflow, so check these too.
     sums = [tensor.sum() for tensor in tree.tensors.values() if tensor.is_floating_point()]
     if not sums or torch.isfinite(torch.stack(sums)).all():
         return

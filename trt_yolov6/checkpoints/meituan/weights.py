@@ -1,4 +1,4 @@
-"""A file's weights as a network, unit by unit: each block in the form that the file has it in."""
+"""Load a file's weights into a network, each block in the form that it has in the file."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class _Unit(NamedTuple):
 
 
 def read_network(tree: Tree, arch: Architecture) -> YOLOv6:
-    """Return the network that a file holds, in eval mode; what is for training only is dropped.
+    """Return a file's network, in eval mode, without parts that only training needs.
 
     Raises:
-        UserError: it lacks something, or has something that the architecture has not.
+        UserError: weights are missing, or the architecture has no place for some.
     """
     model = shapes_only(arch)
     _check_bins(tree, arch)
@@ -58,7 +58,7 @@ def read_network(tree: Tree, arch: Architecture) -> YOLOv6:
         parent, _, name = unit.own.rpartition(".")
         setattr(modules[parent], name, reader.unit(modules[unit.own], unit))
         if name == "first":
-            # Of a bottleneck, whose shortcut has a weight of its own.
+            # A bottleneck's shortcut has a weight.
             bottleneck = unit.theirs.rpartition(".")[0]
             modules[parent].register_parameter("alpha", reader.take(f"{bottleneck}.alpha", (1,)))
     only_trained = tuple(f"detect.{name}." for name in predictions(tree).for_training)
@@ -306,24 +306,23 @@ class _Reader:
     ) -> ConvBN | ConvAct:
         """Read a convolution and its normalization, or one that has it folded in.
 
-        A bias before a normalization changes nothing, and releases differ in whether there is one.
-        Here the architecture alone decides: a needless one becomes part of the mean, one that is
-        missing is zero.
+        A bias before a normalization has no effect, and releases differ in having one. The
+        architecture decides: a superfluous bias is merged into the mean, a missing one is zero.
         """
         conv, bn = f"{theirs}.{conv}", f"{theirs}.{bn}"
         bias = f"{conv}.bias" in self._tree.tensors
         if bn not in self._tree:
             self._convolution(block.conv, conv, bias=True)
             return ConvAct(block.conv, block.act)
-        wanted = block.conv.bias is not None
+        needs_bias = block.conv.bias is not None
         self._convolution(block.conv, conv, bias=bias)
         self._normalization(block.bn, bn)
-        if bias and not wanted:
+        if bias and not needs_bias:
             assert block.conv.bias is not None
             assert block.bn.running_mean is not None
             block.bn.running_mean -= block.conv.bias.detach()
             block.conv.bias = None
-        elif wanted and not bias:
+        elif needs_bias and not bias:
             block.conv.bias = nn.Parameter(torch.zeros(block.conv.out_channels))
         return block
 

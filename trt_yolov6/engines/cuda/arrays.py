@@ -1,6 +1,6 @@
-"""GPU tensors of other libraries in, and engine outputs out, by DLPack: nothing is copied.
+"""Exchange GPU tensors with other libraries through DLPack, without copies.
 
-PyTorch, CuPy and JAX all speak it: `engine.infer(tensor)` takes their CUDA tensors, and
+`engine.infer(tensor)` takes CUDA tensors of PyTorch, CuPy and JAX, and
 `torch.from_dlpack(engine.infer_on_gpu(images)["scores"])` is a tensor of an engine's output.
 """
 
@@ -69,7 +69,7 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> bo
 
 
 def output_view(memory: DeviceMemory, spec: TensorSpec, shape: tuple[int, ...]) -> Any:
-    """Return an engine's output where it lies, as an object that speaks DLPack.
+    """Return an engine's output on the GPU as a DLPack object.
 
     It keeps the memory alive.
 

@@ -45,7 +45,7 @@ class DecodedBatch:
     """Encoded images, which the hardware may still be reading when `decode` returns."""
     addresses: dict[tuple[int, int], int] = field(default_factory=dict)
     """Where images lie, by their place in `images` and their capacity, which grows if they move.
-    nvImageCodec 0.9 loses an integer of Python's, 32 bytes, each time it tells."""
+    nvImageCodec 0.9 leaks a Python integer, 32 bytes, each time it is asked."""
     ready: Event | None = None
     """The event after which the images are there."""
 

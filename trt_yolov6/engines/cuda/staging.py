@@ -27,7 +27,7 @@ _LEAST = 2 * 2**20
 
 
 class Staging:
-    """Growing room for the images of one batch, in page-locked memory and on the GPU."""
+    """Growing buffers for the images of one batch, in page-locked memory and on the GPU."""
 
     def __init__(self, locked: PinnedPool) -> None:
         """Take the pool whose arrays the GPU reads without a detour."""

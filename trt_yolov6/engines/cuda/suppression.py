@@ -403,8 +403,11 @@ def _reading(
     box: tuple[int, int, int],
     flags: tuple[str, ...],
 ) -> Reading:
-    """Return the reading of scores and boxes that lie at a step an anchor, a step a class or side,
-    and a first element."""
+    """Return how kernels read scores and boxes.
+
+    `score` and `box` are strides in elements, from anchor to anchor and from class to class or side
+    to side, and the first element.
+    """
     scores, boxes = tensors
     values = {
         "ANCHORS": anchors,

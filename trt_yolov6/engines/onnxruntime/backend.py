@@ -172,7 +172,7 @@ class OnnxRuntimeEngine(Engine):
         options: LoadOptions,
         graph: onnx.ModelProto | None,
     ) -> None:
-        """Wrap a session; `graph` is what it runs, by which its family is told, if need be."""
+        """Wrap a session; `graph` is the model, to recognize its family without a manifest."""
         import onnxruntime
 
         self.path = path

@@ -1,7 +1,7 @@
-"""ONNX Runtime's execution providers: which to ask for, and what keeps one from starting.
+"""ONNX Runtime's execution providers: the choice of one, and the reasons why one does not start.
 
-Left alone, ONNX Runtime goes on on the CPU where a GPU's provider does not start. Here a provider
-that was asked for by name starts or is refused, with the reason that the loader gives.
+By default ONNX Runtime continues on the CPU if a GPU's provider does not start. Here a provider
+that was chosen by name starts, or is refused with the loader's reason.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def usable() -> tuple[str, ...]:
     return tuple(short for short, full in PROVIDERS.items() if full in present)
 
 
-def providers_for(wanted: str | None) -> list[str]:
-    """Return the execution providers to ask ONNX Runtime for, the wanted one first.
+def providers_for(provider: str | None) -> list[str]:
+    """Return the execution providers to ask ONNX Runtime for, the chosen one first.
 
     Args:
-        wanted: a key of `PROVIDERS`; None takes CUDA where it loads, else the CPU.
+        provider: a key of `PROVIDERS`; None takes CUDA where it loads, else the CPU.
 
     Raises:
         MissingDependencyError: this ONNX Runtime has no such provider, or its libraries do not
@@ -58,26 +58,28 @@ def providers_for(wanted: str | None) -> list[str]:
     import onnxruntime
 
     present = usable()
-    if wanted is None:
+    if provider is None:
         takes_cuda = "cuda" in present and obstacle("cuda") is None
         return [PROVIDERS[short] for short in (("cuda", "cpu") if takes_cuda else ("cpu",))]
-    if wanted not in PROVIDERS:
-        raise UserError(f"`provider` {wanted} is not known; choose one of {', '.join(PROVIDERS)}.")
-    if wanted not in present:
+    if provider not in PROVIDERS:
+        raise UserError(
+            f"`provider` {provider} is not known; choose one of {', '.join(PROVIDERS)}."
+        )
+    if provider not in present:
         raise MissingDependencyError(
-            f"this ONNX Runtime has no {wanted!r} provider; install onnxruntime-gpu, or leave "
+            f"this ONNX Runtime has no {provider!r} provider; install onnxruntime-gpu, or leave "
             "`provider` out.",
         )
-    reason = obstacle(wanted)
+    reason = obstacle(provider)
     if reason is not None:
         raise MissingDependencyError(
-            f"the {wanted!r} provider of ONNX Runtime {onnxruntime.__version__} does not load "
-            f"({reason}); {_REMEDIES[wanted]}."
+            f"the {provider!r} provider of ONNX Runtime {onnxruntime.__version__} does not load "
+            f"({reason}); {_REMEDIES[provider]}."
         )
-    if wanted == "tensorrt" and "cuda" in present:
+    if provider == "tensorrt" and "cuda" in present:
         # TensorRT's provider leaves to the next what it cannot compute.
-        return [PROVIDERS[wanted], PROVIDERS["cuda"]]
-    return [PROVIDERS[wanted]]
+        return [PROVIDERS[provider], PROVIDERS["cuda"]]
+    return [PROVIDERS[provider]]
 
 
 def on_gpu(providers: Sequence[str], index: int) -> list[Any]:
@@ -87,15 +89,15 @@ def on_gpu(providers: Sequence[str], index: int) -> list[Any]:
     ]
 
 
-def check_started(wanted: str | None, used: str) -> None:
+def check_started(provider: str | None, used: str) -> None:
     """Raise MissingDependencyError where a session runs on another provider than was asked for.
 
-    `wanted` is a key of `PROVIDERS`, or None for any; `used` is ONNX Runtime's name of one.
+    `provider` is a key of `PROVIDERS`, or None for any; `used` is ONNX Runtime's name of one.
     """
-    if wanted is not None and used != PROVIDERS[wanted]:
+    if provider is not None and used != PROVIDERS[provider]:
         raise MissingDependencyError(
-            f"the {wanted!r} provider of ONNX Runtime loads but does not start, and ONNX Runtime "
-            f"would use {used}; {_REMEDIES[wanted]}."
+            f"the {provider!r} provider of ONNX Runtime loads but does not start, and ONNX Runtime "
+            f"would use {used}; {_REMEDIES[provider]}."
         )
 
 

@@ -1,14 +1,14 @@
 """ONNX in, plan out: the builder of TensorRT and TensorRT-RTX.
 
-Networks are strongly typed: every tensor has the type the ONNX graph gives it, so half precision
-and quantization are decided in the graph and nowhere else. That is the only way in TensorRT 11 and
-in TensorRT-RTX. TensorRT 8 has no such networks: there the same graph is given in single precision,
-with builder flags and constraints that say what its types said (`weakly_typed`). TensorRT's own
-calibration, which ends with version 10, needs a weakly typed network too.
+Networks are strongly typed: every tensor has the type that the ONNX graph gives it, so the graph
+alone decides on half precision and quantization. TensorRT 11 and TensorRT-RTX have no other
+networks. TensorRT 8 has none of these: it gets the same graph in single precision, with builder
+flags and constraints instead of types (`weakly_typed`). TensorRT's own calibration, up to version
+10, needs a weakly typed network too.
 
-TF32, which TensorRT otherwise takes for float32 convolutions, is switched off: its 10-bit mantissa
-moves boxes by more than a pixel, as much as half precision does. TensorRT-RTX 1.6 takes it all the
-same (the environment variable NVIDIA_TF32_OVERRIDE=0 stops it, at run time).
+TF32, TensorRT's default for float32 convolutions, is off: its 10-bit mantissa moves boxes by more
+than a pixel, as much as half precision does. TensorRT-RTX 1.6 uses it nevertheless (the environment
+variable NVIDIA_TF32_OVERRIDE=0 prevents that at run time).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _ONE_BUILD = threading.Lock()
 
 
 class _BuilderFailedError(UserError):
-    """The builder made no plan of a network that it took."""
+    """The builder accepted a network but made no plan of it."""
 
 
 def build_plan(
@@ -107,8 +107,8 @@ def build_plan(
 def relaxed_boxes(flavour: Flavour, weak: WeakGraph | None) -> WeakGraph | None:
     """Return a graph with Q/DQ that TensorRT 8.5 may build where it failed, or None.
 
-    Of an INT8 head, 8.5.3 builds the prediction of boxes only if nothing after it has to be in
-    single precision (YOLOv6-N on an H200).
+    8.5.3 builds the box prediction of an INT8 head only if nothing after it has to be in single
+    precision (YOLOv6-N on an H200).
     """
     if weak is None or not (weak.quantized and weak.single) or flavour.release >= (8, 6):
         return None
@@ -143,7 +143,7 @@ def _built(
         set_target(config)
     config.clear_flag(api.BuilderFlag.TF32)
     config.avg_timing_iterations = _TIMING_ITERATIONS
-    # Only so is the message about the layers complete (see `layer_log`).
+    # Without it the message about the layers is incomplete (see `layer_log`).
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
     if settings.workspace_mib is not None:
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
@@ -190,16 +190,16 @@ def has_strong_types(api: trt.Api) -> bool:
 def _network_flags(api: trt.Api, *, weakly_typed: bool) -> int:
     flags = api.NetworkDefinitionCreationFlag.__members__
     if not weakly_typed:
-        # TensorRT 11 and TensorRT-RTX ignore the flag, because nothing else is left.
+        # TensorRT 11 and TensorRT-RTX ignore the flag: all their networks are strongly typed.
         return 1 << int(flags["STRONGLY_TYPED"])
-    # TensorRT 10 has no other batches than explicit ones.
+    # From TensorRT 10 on, batches are always explicit.
     return 1 << int(flags["EXPLICIT_BATCH"]) if not has_strong_types(api) else 0
 
 
 def _set_precisions(  # API: tensorrt<11 (weakly typed networks)
     api: trt.Api, network: trt.INetworkDefinition, config: trt.IBuilderConfig, weak: WeakGraph
 ) -> None:
-    """Say by flags and constraints what the types of a graph said."""
+    """Translate the precisions of a graph's types into flags and constraints."""
     if weak.quantized:
         config.set_flag(api.BuilderFlag.INT8)
     if weak.half:
@@ -258,7 +258,7 @@ def _set_profile(
     config: trt.IBuilderConfig,
     settings: BuildSettings,
 ) -> None:
-    """Give a free batch axis its optimization profile, or check that a fixed one is wanted."""
+    """Give a free batch axis its optimization profile; check a fixed one against the settings."""
     if network.num_inputs != 1:
         names = ", ".join(network.get_input(index).name for index in range(network.num_inputs))
         raise UserError(
@@ -273,16 +273,16 @@ def _set_profile(
             "takes float32 (batch, 3, height, width) or uint8 (batch, height, width, 3) of a "
             "fixed size."
         )
-    wanted = settings.batch
+    batches = settings.batch
     if batch >= 0:
-        if not wanted.min <= batch <= wanted.max:
+        if not batches.min <= batch <= batches.max:
             raise UserError(
                 f"the ONNX graph takes only batch {batch}; give `batch` {batch}, or export it with "
                 "a free batch axis.",
             )
         return
     profile = builder.create_optimization_profile()
-    shapes = [(number, *size) for number in (wanted.min, wanted.opt, wanted.max)]
+    shapes = [(number, *size) for number in (batches.min, batches.opt, batches.max)]
     profile.set_shape(images.name, *shapes)
     config.add_optimization_profile(profile)
     # From TensorRT 10 on, profiles are shared anyway.
@@ -293,8 +293,8 @@ def _set_profile(
 def attach_timing_cache(flavour: Flavour, config: trt.IBuilderConfig, path: Path) -> bool:
     """Read the timing cache, or start an empty one, and have the builder use and extend it.
 
-    TensorRT 8 cannot read what it wrote itself where its compiler Myelin had a part in the graph
-    (seen in 8.6.0; 10 can). Then the builder does without, and the file stays as it is.
+    TensorRT 8 cannot read back a cache of a graph that its compiler Myelin worked on (seen in
+    8.6.0; 10 can). The builder then does without it, and the file stays as it is.
 
     Returns:
         True if the file is to be written again after the build.
@@ -307,8 +307,8 @@ def attach_timing_cache(flavour: Flavour, config: trt.IBuilderConfig, path: Path
     logger.clear()
     cache = config.create_timing_cache(content)
     accepted = cache is not None and config.set_timing_cache(cache, False)
-    # What it cannot read it replaces by an empty cache, with a warning only; written back, that
-    # would destroy the user's file.
+    # It replaces an unreadable cache by an empty one, with a warning only; writing that back would
+    # destroy the user's file.
     if accepted and not (content and logger.problems):
         return True
     reason = logger.reason()
@@ -347,12 +347,12 @@ def _run_builder(
         ) as bar,
     ):
         monitor = None
-        if hasattr(flavour.api, "IProgressMonitor"):  # API: not tensorrt<10 (8 tells no progress)
+        if hasattr(flavour.api, "IProgressMonitor"):  # API: not tensorrt<10 (8 reports no progress)
             monitor = instance_of(ProgressMonitor, flavour.api.IProgressMonitor, bar)
             config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
         if monitor is not None:  # API: not tensorrt<10 (as above)
-            # The builder must not outlive what it reports to.
+            # The monitor must not be called after the build.
             config.progress_monitor = None
             if monitor.interrupted:
                 raise KeyboardInterrupt
@@ -366,7 +366,7 @@ def _run_builder(
 
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[TextIO]:
-    """Drop what the library itself writes to standard error; yield a way to the real one.
+    """Discard what the library writes to standard error; yield the real standard error.
 
     TensorRT-RTX 1.7 prints two lines for every INT8 convolution, past its logger.
     """
@@ -399,13 +399,13 @@ class _Phase:
     done: int = 0
 
 
-class ProgressMonitor(IProgressMonitor):  # API: not tensorrt<10 (8 tells no progress)
+class ProgressMonitor(IProgressMonitor):  # API: not tensorrt<10 (8 reports no progress)
     """Shows the builder's nested phases on one bar of 100."""
 
     def __init__(self, bar: tqdm[NoReturn]) -> None:
         self._bar = bar
         self.interrupted = False
-        """Ctrl-C was pressed. TensorRT swallows exceptions of its callbacks, so it is kept."""
+        """Ctrl-C was pressed: TensorRT swallows exceptions of its callbacks."""
         self._phases: dict[str, _Phase] = {}
         self._lock = threading.Lock()  # TensorRT reports from several threads
 

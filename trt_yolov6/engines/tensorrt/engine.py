@@ -43,10 +43,10 @@ _ROUNDS = 20
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """Method of making execution contexts, where TensorRT offers a choice."""
+    """Settings of execution contexts, in which the two TensorRTs differ."""
 
     make_config: MakeConfig | None = None
-    """Makes the argument of `create_execution_context`; None: there is not one."""
+    """Makes the argument of `create_execution_context`; None: it has none."""
     make_config_for_recording: MakeConfig | None = None
     """The same for contexts whose runs others record; None: `make_config`."""
     record_graph: bool = False
@@ -157,8 +157,8 @@ class TensorRTEngine(Engine):
             images: as for `infer`.
 
         Returns:
-            One object an output that speaks DLPack (`torch.from_dlpack` takes it), by name. It is
-            the engine's own memory: valid until the next run, or until the engine is closed.
+            One DLPack object an output (for `torch.from_dlpack`), by name, in the engine's own
+            memory: valid until the next run, or until the engine is closed.
 
         Raises:
             UserError: as `infer`; MissingDependencyError: there is no cuda-core.
@@ -218,7 +218,7 @@ class TensorRTEngine(Engine):
         return self._decoder
 
     def empty_image(self, height: int, width: int) -> NDArray[np.uint8]:
-        """Return an uninitialized image, (height, width, 3), that the GPU reads where it lies."""
+        """Return an uninitialized uint8 image (height, width, 3) in page-locked memory."""
         return self._pinned.array((height, width, 3), np.dtype(np.uint8))
 
     def empty_input(self, rows: int) -> NDArray[Any]:
@@ -255,8 +255,7 @@ class TensorRTEngine(Engine):
     def layer_times(self, images: NDArray[Any], runs: int = 20) -> dict[str, float]:
         """Return the median seconds of each layer of the engine, in its order, by name.
 
-        Layers run apart for it, so that their sum exceeds a run's time; what matters is their
-        share.
+        Layers then run one by one, so their sum exceeds a run's time; their shares count.
 
         Args:
             images: as for `infer`, a NumPy array.
@@ -375,19 +374,19 @@ class TensorRTEngine(Engine):
         self._logger.clear()
 
     def _take(self) -> ExecutionSlot:
-        """Return a slot that has nothing to do, or a new one."""
+        """Return an idle slot, or a new one."""
         self._check_open()
         return self._idle.popleft() if self._idle else self._new_slot()
 
     def _checked(self, images: Any, slot: ExecutionSlot) -> Any:
-        """Return a batch as a NumPy array, or as a view of GPU memory that the slot may read."""
+        """Return a batch as a NumPy array or a view of GPU memory."""
         # `asarray` takes a tensor on the CPU too.
         batch = view_of(images, slot.stream) if lies_on_gpu(images) else np.asarray(images)
         check_images(self, batch)
         return batch
 
     def _done(self, slot: ExecutionSlot, batch: int) -> None:
-        """Take a slot back that has ended a run."""
+        """Take back a slot whose run has ended."""
         self._idle.append(slot)
         self._ran(batch)
 
@@ -398,7 +397,7 @@ class TensorRTEngine(Engine):
 
 
 def _started_gpu(path: Path) -> cuda_device.Device:
-    """Return the GPU for an engine; CUDA is started, so that a GPU that is busy says so here."""
+    """Return the GPU for an engine; CUDA is started, so a busy GPU is reported here."""
     try:
         device = cuda_device.current_device()
         cuda_device.free_memory()

@@ -1,8 +1,8 @@
 """TensorRT 8.5 to 11: the fastest engines, built on the GPU that runs them.
 
-From version 10 on the Python package is on the public index, and the library that it needs comes
-from NVIDIA's own, which pip finds by itself where it may. Of TensorRT 8, the public index has 8.5.1
-to 8.6.0 whole, for Python 3.10 and older; cuBLAS and cuDNN come in packages of their own.
+From version 10 on, the public index has the Python package, which fetches its library from NVIDIA's
+index. Of TensorRT 8, it has 8.5.1 to 8.6.0 as a whole, for Python 3.10 and older; cuBLAS and cuDNN
+are separate packages.
 """
 
 from __future__ import annotations

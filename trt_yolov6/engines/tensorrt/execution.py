@@ -1,8 +1,8 @@
 """An execution slot: execution contexts of a TensorRT engine, their stream and their buffers.
 
-A slot has one batch in flight. An engine has one slot to begin with. A second lets a batch be
-copied while another one is computed; more serve requests side by side. Slots share the engine's
-weights; each has its own scratch memory.
+A slot has one batch in flight. An engine begins with one slot. A second one lets a batch be copied
+while another is computed; more serve concurrent requests. Slots share the engine's weights; each
+has its own scratch memory.
 
 A slot has a context for each batch size. TensorRT-RTX 1.6 loses 3.4 KB of host memory whenever a
 context runs with another shape than before, and a CUDA graph belongs to one shape. Only one of a
@@ -65,8 +65,8 @@ class SharedState:
     """Name of the GPU."""
     engine: trt.ICudaEngine
     context_config: trt.IRuntimeConfig | None  # API: tensorrt-rtx (the other gives None)
-    """Argument of `create_execution_context`, which says that scratch memory is given to it; None:
-    it has its own."""
+    """Argument of `create_execution_context`, for scratch memory from outside; None: a context
+    allocates its own."""
     input: TensorSpec
     outputs: tuple[TensorSpec, ...]
     batch: BatchProfile
@@ -86,11 +86,11 @@ class _BoundContext:
     address: int
     """Memory that it reads its input from."""
     runs: int = 0
-    """Since the input was there."""
+    """Runs with the input at this address."""
     graph: CudaGraph | None = None
 
     def drop_graph(self, stream: Stream) -> None:
-        """Forget the recorded run: it belongs to one place of the input."""
+        """Free the recorded run, which belongs to one address of the input."""
         self.runs = 0
         if self.graph is not None:
             stream.wait()
@@ -128,7 +128,7 @@ class ExecutionSlot:
             raise
 
     def start(self, images: Any, nms: NmsSettings | None, *, fetch: bool = True) -> None:
-        """Put a run on the stream: copy in, compute, copy out. Nothing is waited for.
+        """Enqueue a run without waiting: copy in, compute, copy out.
 
         Args:
             images: a NumPy array, or a view of GPU memory (`cuda.arrays.view_of`), of the
@@ -171,7 +171,7 @@ class ExecutionSlot:
             self._in_use = None
 
     def finish_on_gpu(self) -> dict[str, Any]:
-        """Wait for the run, and return its outputs where they lie, as DLPack objects."""
+        """Wait for the run, and return its outputs on the GPU as DLPack objects."""
         self.stream.wait()
         self._in_use = None
         return {
@@ -182,7 +182,7 @@ class ExecutionSlot:
         }
 
     def resident(self, images: NDArray[Any]) -> Callable[[], None]:
-        """Place a batch on the GPU; return a function that puts a run of it on the stream."""
+        """Place a batch on the GPU; return a function that enqueues a run of it."""
         images = np.ascontiguousarray(images)
         memory = DeviceMemory(images.nbytes)
         shape = images.shape
@@ -213,16 +213,16 @@ class ExecutionSlot:
         return not self._allocators
 
     def prepare(self, rows: int) -> int:
-        """Make the next `run` one of the slot's own input, of a batch of `rows`.
+        """Make the next `run` one of the slot's own input, with `rows` images.
 
         Returns:
-            A number that changes when what was recorded before is not valid any more.
+            A number that changes when earlier recordings become invalid.
         """
         self._bind(self._device_input.address, (rows, *self._shared.input.row_shape))
         return self._generation
 
     def run(self) -> None:
-        """Put a run on the stream, kernel by kernel; what it is recorded in becomes a graph."""
+        """Enqueue a run kernel by kernel, so that it can be recorded as a graph."""
         if self._bound.context.execute_async_v3(self.stream.handle):
             return
         for allocator in self._allocators.values():
@@ -236,13 +236,13 @@ class ExecutionSlot:
         )
 
     def copy_outputs(self) -> None:
-        """Put the copy of all outputs to the host on the stream."""
+        """Enqueue the copy of all outputs to the host."""
         for output in self._shared.outputs:
             source = self._device_outputs.get(output.name)
             if source is None:
                 continue
             memory = self._host_outputs.get(output.name)
-            if memory is None:  # page-locked when first needed: boxes usually leave without them
+            if memory is None:  # allocated late: suppression usually makes it unnecessary
                 memory = self._host_outputs[output.name] = self._own(PinnedMemory(source.nbytes))
             nbytes = math.prod(self._output_shape(output.name)) * output.dtype.itemsize
             self.stream.copy_out(memory.address, source, nbytes)
@@ -252,9 +252,9 @@ class ExecutionSlot:
         return {output.name: self._result(output) for output in self._shared.outputs}
 
     def profile(self, images: NDArray[Any], runs: int) -> dict[str, list[float]]:
-        """Run a resident batch some times; return the seconds that each layer took, by its name.
+        """Run a resident batch several times; return each layer's seconds, one a run, by name.
 
-        Layers are timed apart, so that their sum exceeds what a run takes otherwise.
+        Layers are timed one by one, so their sum exceeds the time of a run.
         """
         enqueue = self.resident(images)
         for _ in range(3):
@@ -272,7 +272,7 @@ class ExecutionSlot:
         return profiler.times
 
     def close(self) -> None:
-        """Free what the slot holds, once a run that nobody waited for has ended."""
+        """Free the slot's resources, after waiting for a run in progress."""
         if self._in_use is not None:
             with contextlib.suppress(CudaError):
                 self.stream.wait()
@@ -299,7 +299,7 @@ class ExecutionSlot:
         for output in shared.outputs:
             largest = self._output_shape(output.name)
             if min(largest, default=1) < 0:
-                # With the input's shape given, only what depends on the data is still unknown.
+                # With the input's shape set, only sizes that depend on the data are unknown.
                 self._allocate_late(output.name)
                 continue
             nbytes = math.prod(largest) * output.dtype.itemsize
@@ -307,7 +307,7 @@ class ExecutionSlot:
         self._place_outputs(self._bound.context)
 
     def _allocate_late(self, name: str) -> None:
-        """Have TensorRT ask for an output's memory when a run tells its size."""
+        """Have TensorRT ask for an output's memory when a run knows its size."""
         allocator = instance_of(OutputAllocator, self._shared.flavour.api.IOutputAllocator)
         self._allocators[name] = allocator
         self._host_outputs.pop(name, None)
@@ -346,9 +346,9 @@ class ExecutionSlot:
         return resource
 
     def _suppression_for(self, nms: NmsSettings) -> Suppression | None:
-        """Return the suppression on the GPU, made when it is first wanted; None if there is none.
+        """Return the suppression on the GPU, made on first use; None without one.
 
-        There is none without NVRTC, nor for outputs of a layout or a size that it does not take.
+        There is none without NVRTC, or for outputs whose layout or size it does not take.
         """
         shared = self._shared
         if not self._can_suppress or not Suppression.fits(nms):
@@ -369,10 +369,10 @@ class ExecutionSlot:
     def _send(self, images: NDArray[Any]) -> None:
         """Start the copy of a batch to the GPU.
 
-        Page-locked arrays (`Engine.empty_input`) go as they are. Of others, several threads copy
-        into page-locked memory, which one alone fills more slowly than the GPU reads it; while they
-        do, the images that are ready travel. A single image is faster sent from where it is (on an
-        H200: 0.34 ms against 0.68; 32 images 5.6 ms against 25).
+        Page-locked arrays (`Engine.empty_input`) are copied directly. Others go through page-locked
+        memory, which several threads fill, since one is slower than the GPU; finished images are
+        sent meanwhile. A single image is faster without that (0.34 ms instead of 0.68 on an H200;
+        32 images take 5.6 ms with it and 25 without).
         """
         if len(images) == 1 or self._shared.pinned.holds(images):
             images = np.ascontiguousarray(images)
@@ -398,11 +398,11 @@ class ExecutionSlot:
 
     @property
     def _bound(self) -> _BoundContext:
-        """The context that runs: the last of them."""
+        """The context that runs: the one bound last."""
         return self._contexts[next(reversed(self._contexts))]
 
     def _bind(self, address: int, shape: tuple[int, ...]) -> None:
-        """Say where the input lies and of which shape it is."""
+        """Bind the input: its address and shape."""
         name = self._shared.input.name
         bound = self._contexts.pop(shape, None)
         if bound is None:
@@ -417,9 +417,9 @@ class ExecutionSlot:
         self._contexts[shape] = bound
 
     def _spare_context(self) -> _BoundContext:
-        """Return a new context, or the one that was idle longest, if there are as many as may be.
+        """Return a new context or, at the limit of their number, the one unused for longest.
 
-        Where each has scratch memory of its own there is one, whose shape changes.
+        Where each context has its own scratch memory, there is only one, whose shape changes.
         """
         most = 1 if self._scratch is None else _MOST_CONTEXTS
         if len(self._contexts) < most:
@@ -436,16 +436,16 @@ class ExecutionSlot:
         )
 
     def _enqueue(self) -> None:
-        """Put one run of the bound input on the stream.
+        """Enqueue one run of the bound input.
 
-        From the second run of the same input on, TensorRT's kernels are launched as one CUDA graph:
-        a small network has some sixty of them, and launching each takes longer than its work. The
-        first run is for what TensorRT does only once.
+        From the second run on, TensorRT's kernels are launched as one CUDA graph: a small network
+        has some sixty of them, and launching each takes longer than its work. The first run does
+        what TensorRT does only once.
         """
         bound = self._bound
         if bound.graph is None and self._record_graph and bound.runs:
             bound.graph = recorded(self.run, self.stream)
-            self._record_graph = bound.graph is not None  # else nothing is lost but speed
+            self._record_graph = bound.graph is not None  # otherwise runs are only slower
         if bound.graph is not None:
             bound.graph.launch(self.stream)
         else:
@@ -476,7 +476,7 @@ class ExecutionSlot:
 
 
 class Profiler(IProfiler):
-    """Keeps what TensorRT tells it: seconds by layer, in the engine's order."""
+    """Records the seconds that TensorRT reports, by layer in the engine's order."""
 
     def __init__(self) -> None:
         self.times: dict[str, list[float]] = {}
@@ -486,7 +486,7 @@ class Profiler(IProfiler):
 
 
 class OutputAllocator(IOutputAllocator):
-    """Memory of an output whose shape only the run tells; the largest that was asked for stays."""
+    """Memory of an output whose shape only a run determines; the largest so far is kept."""
 
     def __init__(self) -> None:
         self.memory: DeviceMemory | None = None

@@ -1,8 +1,8 @@
-"""The paper's own route to INT8, for TensorRT up to 10: a graph without Q/DQ, and scales for it.
+"""The paper's own route to INT8, for TensorRT up to 10: a graph without Q/DQ, and its scales.
 
-TensorRT then chooses by itself which layers run in INT8 (implicit quantization). Each tensor's
-scale comes from a calibration cache, or from TensorRT's own calibrator, which runs the network on
-images. It is deprecated since 10.1 and gone in 11.
+TensorRT then chooses which layers run in INT8 (implicit quantization). Each tensor's scale comes
+from a calibration cache, or from TensorRT's own calibrator, which runs the network on images.
+Deprecated in 10.1 and removed in 11.
 """
 
 # API: tensorrt<11 (`check_calibration` refuses later ones)

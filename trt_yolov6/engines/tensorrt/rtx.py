@@ -261,12 +261,11 @@ def _target_setter(
 def _runtime_config(
     api: trt.Api, cache: RuntimeCache, cuda_graph: bool
 ) -> Callable[[trt.ICudaEngine], trt.IRuntimeConfig]:
-    """Return a factory for `IRuntimeConfig`: eager kernels, CUDA graphs, the runtime cache, and
-    scratch memory from outside, which the contexts of a slot share.
+    """Return a factory for `IRuntimeConfig`: eager kernels, CUDA graphs, runtime cache, scratch.
 
-    Eager: the kernels of a batch size are compiled before its first run, not during the first few.
-    By default a slower kernel that fits all shapes runs meanwhile, and timings and the last bits of
-    results change when the other is ready.
+    Eager: the kernels of a batch size are compiled before its first run, not during the first few,
+    in which a slower kernel for all shapes would run: timings and the last bits of results would
+    change. The contexts of a slot share scratch memory from outside.
     """
 
     def make_config(engine: trt.ICudaEngine) -> trt.IRuntimeConfig:

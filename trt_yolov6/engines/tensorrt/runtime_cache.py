@@ -1,9 +1,8 @@
 """TensorRT-RTX's runtime cache: kernels compiled for this GPU, kept next to the plan.
 
-TensorRT-RTX compiles an engine's kernels on the GPU that runs them, which takes seconds. The cache
-makes that happen once. TensorRT-RTX checks by itself whether a cache fits its version, the GPU and
-the driver; one that does not is made again. A cache is a by-product: where it can be neither read
-nor written, the engine only starts more slowly.
+TensorRT-RTX compiles an engine's kernels on the GPU that runs them, which takes seconds; with the
+cache, only once. It checks whether a cache fits its version, the GPU and the driver, and replaces
+one that does not. Without a readable and writable cache, an engine only starts more slowly.
 """
 
 # API: tensorrt-rtx (TensorRT's plans hold finished kernels)

@@ -1,32 +1,9 @@
-"""An ONNX graph the way TensorRT 8 takes it: float32 throughout, and written around its optimizer.
+"""An ONNX graph in the form that TensorRT 8 takes: float32, without what its optimizer fails on.
 
-TensorRT 8's networks are weakly typed: a tensor is float32, and builder flags say what else layers
-may compute in. So what our graphs say by types becomes flags and constraints (`WeakGraph`). The
-other changes rewrite INT8 graphs, equal up to rounding in float, where TensorRT 8 stops at the
-usual form (seen in 8.6.0 on an H100):
-
-- A transposed convolution with INT8 weights ends in `buildRefitEngine: Assertion engine failed`,
-  whether they have one scale or many, stored or after a pair. It gets float weights of the same
-  values, and computes in half precision.
-- A depthwise convolution with INT8 weights computes in half precision all the same, and dequantizes
-  them in each run; on a Turing GPU the build fails (NVIDIA/TensorRT issue 4060). It gets float
-  weights of the same values, too, and reads what the pair quantizes (not built on a GPU yet).
-- A multiplication by a constant per channel before a QuantizeLinear ends in `mergeScales: Assertion
-  equalOrZero`. A division by the reciprocals does not. An addition of a constant per channel and
-  pixel (the borders of shifted channels) ends in `x == y || x == 1 || y == 1`; a subtraction of its
-  negative takes its place.
-- A multiplication of a dequantized tensor by one number (the shortcuts of L) ends in
-  `chooseHigherPrecision: Assertion`. Where the product is added to another dequantized tensor, the
-  number goes into the scale of a DequantizeLinear of its own; else it reads what the pair quantizes
-  instead, so the shortcut is not rounded to INT8.
-- Convolutions that read one tensor are merged, those with no activation fused to them and those
-  with ReLU whose results are only quantized; in INT8 that ends in the same assertion. Without an
-  activation they are one convolution and a Split here. With ReLU (the two paths of M's and
-  L-ReLU's stacks) each has another dilation, which TensorRT does not merge and which changes
-  nothing where the kernel is 1x1.
-
-A maximum over a square becomes one over its rows and one over its columns: the same numbers in 0.6
-to 0.9 times the time (5 x 5, INT8 and half precision, H100).
+Its networks are weakly typed: tensors are float32, and builder flags allow layers other precisions.
+So types of our graphs become flags and constraints (`WeakGraph`). The other passes rewrite INT8
+graphs, equal up to rounding in float, where TensorRT 8 fails on the usual form (seen in 8.6.0 on an
+H100); each names the failure that it avoids.
 """
 
 from __future__ import annotations
@@ -68,7 +45,7 @@ _GATES = {"HardSigmoid", "Sigmoid"}
 
 @dataclass(frozen=True)
 class WeakGraph:
-    """A graph for a weakly typed network, with what its types said before."""
+    """A graph for a weakly typed network, and the precisions that its types gave before."""
 
     model: bytes
     """A serialized ONNX model without half precision."""
@@ -77,13 +54,13 @@ class WeakGraph:
     quantized: bool
     """Layers may compute in INT8: the graph has Q/DQ pairs, or is to be calibrated."""
     single: frozenset[str]
-    """Tensors to be computed in single precision although others are in half: boxes."""
+    """Tensors that stay in single precision while others are in half: boxes."""
     half_outputs: frozenset[str]
     """Outputs that leave the network in half precision."""
 
 
 def weak_graph(content: bytes) -> WeakGraph:
-    """Return a graph as TensorRT 8 takes it.
+    """Return a graph in the form that TensorRT 8 takes.
 
     Args:
         content: a serialized ONNX model in single or half precision, with or without INT8's pairs.
@@ -118,9 +95,9 @@ def weak_graph(content: bytes) -> WeakGraph:
 
 
 def implicit_graph(content: bytes, half: bool) -> WeakGraph:
-    """Return a float32 graph for implicit quantization: what follows its last layers stays single.
+    """Return a float32 graph for implicit quantization; what follows its last layers stays single.
 
-    TensorRT would compute scores and box coordinates in INT8 as well, where it has a scale.
+    Otherwise TensorRT would compute scores and box coordinates in INT8 where it has a scale.
     Transposed convolutions stay single, too: networks with some in INT8 end in `Assertion engine
     failed` (8.6.0; at optimization level 0 one was built).
 
@@ -140,7 +117,7 @@ def implicit_graph(content: bytes, half: bool) -> WeakGraph:
 
 
 def _widen(model: onnx.ModelProto, types: Mapping[str, int]) -> None:
-    """Make all that is in half precision single, in place."""
+    """Convert half precision to single, in place."""
     graph = model.graph
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     for tensor in graph.initializer:
@@ -167,7 +144,10 @@ def _widen_tensor(tensor: onnx.TensorProto) -> None:
 
 
 def split_pools(model: onnx.ModelProto) -> None:
-    """Write poolings of stride 1 over a rectangle as one over rows and one over columns."""
+    """Write poolings of stride 1 over a rectangle as one over rows and one over columns.
+
+    They give the same numbers in 0.6 to 0.9 times the time (5 x 5, INT8 and half precision, H100).
+    """
     graph = _Graph(model)
     for node in graph.nodes:
         given = attributes(node)
@@ -208,8 +188,8 @@ def split_pools(model: onnx.ModelProto) -> None:
 def drop_idle_pairs(model: onnx.ModelProto) -> None:
     """Drop pairs after concatenations, poolings and the like that no convolution reads.
 
-    What goes in is quantized with the same scale, so that they change no value. One right before a
-    convolution is needed; of others it was not tried what TensorRT 8 makes of them.
+    They change no value, as the inputs are quantized with the same scale. Those right before a
+    convolution are needed; what TensorRT 8 does with others was not tried.
     """
     graph = _Graph(model)
     scales: dict[str, float] = {}
@@ -237,7 +217,11 @@ def drop_idle_pairs(model: onnx.ModelProto) -> None:
 
 
 def give_transposed_float_weights(model: onnx.ModelProto) -> None:
-    """Store what the INT8 weights of transposed convolutions stand for, in float."""
+    """Give transposed convolutions float weights of the values of their INT8 weights.
+
+    INT8 weights end in `buildRefitEngine: Assertion engine failed`, whether they have one scale or
+    many, stored or after a pair. The layers then compute in half precision.
+    """
     graph = _Graph(model)
     for layer in graph.int8_layers("ConvTranspose"):
         values = layer.weights.values()
@@ -246,7 +230,11 @@ def give_transposed_float_weights(model: onnx.ModelProto) -> None:
 
 
 def give_depthwise_float_weights(model: onnx.ModelProto) -> None:
-    """Have depthwise convolutions compute in float, from what a pair quantizes."""
+    """Have depthwise convolutions read the unquantized tensor, with float weights.
+
+    With INT8 weights they compute in half precision nevertheless, and dequantize them in each run;
+    on a Turing GPU the build fails (NVIDIA/TensorRT issue 4060). Not built on a GPU yet.
+    """
     graph = _Graph(model)
     for layer in graph.int8_layers("Conv"):
         values = layer.weights.values()
@@ -260,10 +248,11 @@ def give_depthwise_float_weights(model: onnx.ModelProto) -> None:
 
 
 def scale_shortcuts(model: onnx.ModelProto) -> None:
-    """Dequantize by a scale with the factor in it where a dequantized tensor is multiplied by one.
+    """Fold a factor on a dequantized tensor into the scale of its own DequantizeLinear.
 
-    That is where the product is added to another dequantized tensor, and the factor is above 0, as
-    a scale has to be.
+    Such multiplications (the shortcuts of L) end in `chooseHigherPrecision: Assertion`. This needs
+    a product that is only added to dequantized tensors, and a factor above 0, as scales are;
+    `read_before_pairs` is for the others.
     """
     graph = _Graph(model)
     for node in graph.nodes:
@@ -297,7 +286,7 @@ def _added_to_dequantized(graph: _Graph, node: onnx.NodeProto) -> bool:
 
 
 def read_before_pairs(model: onnx.ModelProto) -> None:
-    """Have multiplications by one number read what a pair quantizes in the place of its result."""
+    """Have other multiplications by one number read the tensor before its Q/DQ pair."""
     graph = _Graph(model)
     for node in graph.nodes:
         scaled = graph.scaled(node)
@@ -308,7 +297,7 @@ def read_before_pairs(model: onnx.ModelProto) -> None:
 
 
 def _quantized_by_pair(graph: _Graph, name: str) -> str | None:
-    """Return the tensor whose Q/DQ pair gives a tensor; None where no pair gives it."""
+    """Return the tensor before the Q/DQ pair that gives a tensor; None without a pair."""
     dequantize = graph.producer(name)
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return None
@@ -319,7 +308,10 @@ def _quantized_by_pair(graph: _Graph, name: str) -> str | None:
 
 
 def divide_channels(model: onnx.ModelProto) -> None:
-    """Write multiplications by a constant per channel, before a QuantizeLinear, as divisions."""
+    """Write multiplications by a constant per channel, before a QuantizeLinear, as divisions.
+
+    The multiplications end in `mergeScales: Assertion equalOrZero`.
+    """
     graph = _Graph(model)
     for node, source, factors in graph.with_constant("Mul"):
         readers = {reader.op_type for reader in graph.readers(node.output[0])}
@@ -330,7 +322,10 @@ def divide_channels(model: onnx.ModelProto) -> None:
 
 
 def subtract_borders(model: onnx.ModelProto) -> None:
-    """Write additions of a constant per channel and pixel as subtractions of its negative."""
+    """Write additions of a constant per channel and pixel as subtractions of its negative.
+
+    The additions (borders of shifted channels) end in `x == y || x == 1 || y == 1`.
+    """
     graph = _Graph(model)
     for node, source, border in graph.with_constant("Add"):
         if border.ndim == 4 and np.prod(border.shape[2:]) > 1:
@@ -340,7 +335,10 @@ def subtract_borders(model: onnx.ModelProto) -> None:
 
 
 def join_siblings(model: onnx.ModelProto) -> None:
-    """Make one convolution and a Split of INT8 convolutions that TensorRT would merge itself."""
+    """Make one convolution and a Split of INT8 convolutions of one tensor without an activation.
+
+    TensorRT would merge them itself, which ends in `chooseHigherPrecision: Assertion`.
+    """
     graph = _Graph(model)
     families: dict[tuple[Any, ...], list[QuantizedLayer]] = {}
     for layer in graph.int8_layers("Conv"):
@@ -362,7 +360,11 @@ def join_siblings(model: onnx.ModelProto) -> None:
 
 
 def part_siblings(model: onnx.ModelProto) -> None:
-    """Give 1x1 INT8 convolutions that read one tensor, each with a ReLU, different dilations."""
+    """Give 1x1 INT8 convolutions that read one tensor, each with a ReLU, different dilations.
+
+    That changes no number, but TensorRT then does not merge them (the two paths of the stacks of M
+    and L-ReLU), which ends as in `join_siblings`.
+    """
     graph = _Graph(model)
     members: Counter[str] = Counter()
     for layer in graph.int8_layers("Conv"):
@@ -383,7 +385,7 @@ def part_siblings(model: onnx.ModelProto) -> None:
 def _is_bare(graph: _Graph, node: onnx.NodeProto) -> bool:
     """Return whether TensorRT fuses no activation with a convolution.
 
-    It fuses a ReLU and the like always, others only where nothing but quantization follows them.
+    It always fuses a ReLU and the like, others only if nothing but quantization follows them.
     """
     name = node.output[0]
     while True:
@@ -447,7 +449,7 @@ def _join(graph: _Graph, layers: Sequence[QuantizedLayer]) -> None:
 
 
 class _Graph(GraphIndex):
-    """A graph and the few ways in which this module changes it."""
+    """A graph with this module's few ways to change it."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
@@ -470,7 +472,7 @@ class _Graph(GraphIndex):
                 yield layer
 
     def with_constant(self, op: str) -> Iterator[tuple[onnx.NodeProto, str, NDArray[Any]]]:
-        """Yield the nodes of an operator of two inputs with a tensor and a constant it reads."""
+        """Yield each node of a binary operator on a tensor and a constant, with these two."""
         for node in self.nodes:
             if node.op_type == op:
                 values = [self.value(name) for name in node.input]
@@ -480,7 +482,7 @@ class _Graph(GraphIndex):
                     yield node, str(node.input[0]), values[1]
 
     def rewire(self, node: onnx.NodeProto, before: str, after: str) -> None:
-        """Have a node read one tensor in the place of another."""
+        """Have a node read another tensor instead of one."""
         node.input[:] = [after if name == before else name for name in node.input]
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
@@ -490,7 +492,7 @@ class _Graph(GraphIndex):
         return name
 
     def replace(self, nodes: Sequence[onnx.NodeProto], others: list[onnx.NodeProto]) -> None:
-        """Have other nodes stand where the first of some stood."""
+        """Replace nodes by others, at the place of the first."""
         for node in nodes:
             self._replaced[node.output[0]] = []
         self._replaced[nodes[0].output[0]] = others
@@ -499,7 +501,7 @@ class _Graph(GraphIndex):
         """Store the nodes and the constants that anything reads."""
         nodes = list(self._kept())
         outputs = {item.name for item in self._graph.output}
-        # First what dequantizes, then what only that has read.
+        # DequantizeLinear first, then the QuantizeLinear that only these have read.
         for kind in reversed(QDQ_OPS):
             read = outputs.union(name for node in nodes for name in node.input)
             nodes = [

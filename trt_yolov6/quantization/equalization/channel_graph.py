@@ -1,4 +1,4 @@
-"""Which channels of an ONNX graph may be rescaled, and which only together.
+"""Find the channels of an ONNX graph that may be rescaled, alone or only together.
 
 Multiplying a channel by s > 0 where a convolution writes it, and dividing the weights that read it
 by s, leaves the function of the network as it is if everything between is positively homogeneous:
@@ -61,7 +61,7 @@ class Convolution:
         return np.swapaxes(grouped, 1, 2).reshape(shape)
 
     def read_by(self, outputs: int, per_input: NDArray[Any]) -> NDArray[Any]:
-        """Spread a value of each input channel to the output channels that read it.
+        """Repeat a value of each input channel for the output channels that read it.
 
         Args:
             outputs: how many output channels there are.
@@ -114,8 +114,8 @@ class ChannelMap:
     """Tensors after which a multiplication by a constant per channel has to be inserted, where
     their classes are rescaled."""
     shiftable: frozenset[str] = frozenset()
-    """Activations of which a constant per channel can be subtracted as well: only convolutions
-    read them, and take it back by their biases."""
+    """Activations from which a constant per channel can be subtracted as well: only convolutions
+    read them, whose biases compensate it."""
     bordered: Mapping[str, Border] = field(default_factory=dict)
     """Borders of the convolutions with padding that read such activations, by their outputs."""
 
@@ -204,16 +204,16 @@ class _Trace:
         )
 
     def _can_shift(self, name: str) -> bool:
-        """Return whether all that reads a tensor hands a constant on to biases of convolutions."""
+        """Return whether all readers of a tensor pass a constant on to convolutions' biases."""
         readers = self.graph.readers(name)
         return (
             bool(readers)
             and name not in self.graph.outputs
             and name in self.sources
-            and all(self._hands_shift_on(node, name) for node in readers)
+            and all(self._passes_shift_on(node, name) for node in readers)
         )
 
-    def _hands_shift_on(self, node: onnx.NodeProto, name: str) -> bool:
+    def _passes_shift_on(self, node: onnx.NodeProto, name: str) -> bool:
         if node.op_type == "Conv":
             return (
                 any(item.output == node.output[0] for item in self.convolutions)
@@ -225,11 +225,11 @@ class _Trace:
         return node.op_type in _SHIFT_PRESERVING and all(map(self._can_shift, node.output))
 
     def _has_known_border(self, node: onnx.NodeProto) -> bool:
-        """Return whether a convolution has no padding, or a border that can be made up for.
+        """Return whether a convolution has no padding, or a border that can be compensated.
 
-        Padding puts zeros around a tensor whose zero is somewhere else now. What they make of the
-        border is a constant, to be added after the convolution, if the size is known. That is done
-        after depthwise convolutions alone: it costs a constant as large as what they write.
+        Padding puts zeros around a tensor whose values are shifted. Its effect on the border is a
+        constant, to be added after the convolution if the size is known. That is done only after
+        depthwise convolutions: it costs a constant as large as their output.
         """
         given = attributes(node)
         pads = given.get("pads", [0, 0, 0, 0])
@@ -271,7 +271,7 @@ _Rule = Callable[[_Trace, onnx.NodeProto], None]
 
 
 def _fix(trace: _Trace, node: onnx.NodeProto) -> None:
-    """Anything unknown needs its inputs as they are; what it writes keeps its scale."""
+    """An unknown operator keeps the scale of its inputs and outputs."""
     for name in node.input:
         trace.fix(name)
 

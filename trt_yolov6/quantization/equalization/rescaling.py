@@ -86,8 +86,11 @@ def _insert_operators(
     shifts: Shifts,
     borders: Mapping[str, NDArray[np.float64]],
 ) -> None:
-    """After an activation, nothing else can change the channels' scale and middle; after a padded
-    convolution, nothing else the border alone."""
+    """Insert operators that weights cannot absorb.
+
+    After an activation they change the channels' scale and middle, after a padded convolution the
+    border.
+    """
     graph = model.graph
     renamed: dict[str, str] = {}
     added: dict[str, list[onnx.NodeProto]] = {}

@@ -1,17 +1,17 @@
-"""Cross-layer equalization: rescale channels so that INT8 serves all of them.
+"""Cross-layer equalization: rescale channels so that one INT8 scale suits all of them.
 
-With one scale a tensor, a channel whose values are 100 times smaller than its neighbours' is left
-with one or two of the 255 levels. Where the channels' scale is free (see `channel_graph`), the
-producing weights are multiplied and the reading weights divided by a factor per channel, as Nagel
-et al. 2019 ("Data-free quantization through weight equalization and bias correction", section 4.1)
-do.
+With one scale per tensor, a channel whose values are 100 times smaller than its neighbours' gets
+only one or two of the 255 levels. Where the channels' scale is free (see `channel_graph`), the
+producing weights are multiplied and the reading weights divided by a factor per channel, as in
+Nagel et al. 2019 ("Data-free quantization through weight equalization and bias correction", section
+4.1).
 
-Their rule, the geometric mean of two weight ranges, is for weights with one scale a tensor. Here
-weights have one scale per output channel, so that the producer's do not care, and the scales trade
-the resolution of an activation's channel for that of the weights that read it, as in SmoothQuant
-(Xiao et al. 2023, equation 4). Its exponent of 1/2 is a compromise chosen by hand and says nothing
-about a channel that several convolutions read, alone or in a concatenation. So the factors are
-those that minimize the expected noise-to-signal ratio, summed over all convolutions. For output
+Their rule, the geometric mean of two weight ranges, is for weights with one scale per tensor. Here
+weights have one scale per output channel, so factors do not affect the producer's; they trade the
+resolution of an activation's channel for that of the weights that read it, as in SmoothQuant (Xiao
+et al. 2023, equation 4). Its exponent of 1/2 is chosen by hand and undefined for a channel that
+several convolutions read, alone or in a concatenation. So the factors here minimize the expected
+noise-to-signal ratio, summed over all convolutions. For output
 channel o of a convolution with input ranges a_i and mean squares q_i, weights W_o and factors s_i:
 
     noise(o)  = A² Σ_i |W_oi|² / s_i²  +  max_i (max|W_oi| / s_i)² Σ_i taps q_i s_i²
@@ -21,12 +21,12 @@ in units of 1 / (12 · 127²). The first term is the rounding of the activation,
 the weights. Both are products of sums and maxima of exponentials of log s, so the sum is convex in
 log s: the optimum does not depend on how the network was scaled before.
 
-Powers of two as factors would keep the float graph exact to the last bit, but they cost 1.4 dB of
-the 3.5 dB that equalization brings the sample. So the factors are not: the float outputs move by
-what rounding the weights again moves them, about 1e-6 of their size.
+Powers of two as factors would keep the float graph exact to the last bit, but cost 1.4 dB of the
+3.5 dB that equalization gains on the sample. Other factors change float outputs by the rounding of
+the new weights, about 1e-6 of their size.
 
-What an activation that is not homogeneous writes (SiLU, HardSwish) can be rescaled as well,
-by a multiplication to be inserted after it; SmoothQuant's, where nothing can absorb it. That saves
+Outputs of an activation that is not homogeneous (SiLU, HardSwish) can be rescaled, too, by a
+multiplication inserted after it, as SmoothQuant does where nothing can absorb it. That saves
 YOLOv6Lite-L (min-max, all convolutions in INT8): AP 0.03 without, 0.34 with it, 0.35 in float.
 """
 
@@ -102,12 +102,11 @@ def equalize(
         model: a float32 graph without Q/DQ, its nodes in topological order; it is not changed.
         statistics: ranges per channel of `tensors_to_measure(model)`, as `collect` gives them.
             Tensors without one have their ranges estimated from the weights and biases before them.
-        smooth: also rescale what SiLU, HardSwish and the like write, by a multiplication with a
-            constant per channel after them. That adds nodes, which TensorRT can fuse into the
-            activation's kernel.
-        shift: subtract the middle of each channel's range as well, before that multiplication,
-            where only convolutions without padding read it (`ChannelMap.shiftable`). What SiLU and
-            HardSwish write is hardly ever below zero: INT8's levels there are otherwise unused.
+        smooth: also rescale outputs of SiLU, HardSwish and the like, by a multiplication with a
+            constant per channel. TensorRT can fuse it into the activation's kernel.
+        shift: also subtract the middle of each channel's range, before that multiplication, where
+            `ChannelMap.shiftable` allows. SiLU and HardSwish hardly ever write values below zero,
+            so half of INT8's levels would be unused.
 
     Raises:
         UserError: the graph is quantized already.
@@ -293,7 +292,7 @@ def _problem(
     weights = _weights(model, channels)
     ranges = _ranges(channels, weights, statistics)
     by_source = shifts_by_source(channels, shifts or {})
-    # For each tensor that is quantized with others' scale, one name for all of them.
+    # One name for all tensors that share a scale.
     shared = {name: group[0] for group in place(model).groups for name in group}
     numbers: dict[str, int] = {}
     terms = []
@@ -304,10 +303,11 @@ def _problem(
         power = item.read_by(len(weight), (_RMS_OF_RANGE * own) ** 2)
         energy = (weight**2).sum(axis=2)
         signal = (energy * power).sum(axis=1)
-        heard = signal > 0
-        if not heard.any() or own.max() <= 0:
+        has_signal = signal > 0
+        if not has_signal.any() or own.max() <= 0:
             continue
-        share = np.divide(1, signal, where=heard, out=np.zeros_like(signal)) / heard.sum()
+        share = np.divide(1, signal, where=has_signal, out=np.zeros_like(signal))
+        share /= has_signal.sum()
         outputs, inputs = energy.shape
         by_group = (item.groups, outputs // item.groups, inputs)
         reach = _reach(item.input, own, by_source[channels.sources[item.input]], statistics)
@@ -344,12 +344,11 @@ def _reach(
     shift: NDArray[np.float64],
     statistics: Mapping[str, TensorStatistics],
 ) -> NDArray[np.float64]:
-    """Return how far from zero each channel of a tensor reaches once it has been shifted.
+    """Return the largest magnitude of each channel of a tensor after its shift.
 
     Args:
-        name: of the tensor.
-        own: (channels,) the largest magnitudes before, above what was measured where that is
-            little, see `_ranges`.
+        name: the tensor.
+        own: (channels,) the largest magnitudes before, from `_ranges`.
         shift: (channels,) what is subtracted.
         statistics: ranges per channel.
     """
@@ -379,8 +378,8 @@ def _ranges(
 ) -> dict[str, NDArray[np.float64]]:
     """Return the largest magnitude of each channel of the convolutions' inputs.
 
-    What was measured counts, but a channel that says nothing on a few images may speak on others:
-    each counts at least as a part of what uncorrelated inputs of typical size would make of it.
+    It is the measured one, but at least a share of that expected from uncorrelated inputs of
+    typical size, since a channel that is inactive on a few images may be active on others.
     """
     estimates: dict[int, float] = {}
     result: dict[str, NDArray[np.float64]] = {}
@@ -388,7 +387,7 @@ def _ranges(
         weight = item.by_output(weights[item.weight]).astype(np.float64)
         read = weight.shape[1] * item.groups
         sources = channels.sources.get(item.input)
-        # What is not followed, an image for one, is taken to lie within 1.
+        # Tensors that are not followed, such as the image, are assumed to be within 1.
         estimate = (
             np.ones(read)
             if sources is None

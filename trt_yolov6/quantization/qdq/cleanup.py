@@ -1,4 +1,4 @@
-"""Clean up Q/DQ graphs from any quantizer: remove what can go without costing INT8 layers.
+"""Clean up Q/DQ graphs from any quantizer: remove nodes that no INT8 layer needs.
 
 Quantizers put pairs of QuantizeLinear and DequantizeLinear nodes on every tensor they know the
 range of (ONNX Runtime), on the inputs of every module (pytorch-quantization, ModelOpt) or on stored
@@ -48,12 +48,12 @@ class Removal:
 
 
 def clean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[Removal, ...]]:
-    """Return a Q/DQ graph without surplus, and what was removed, in the order it was.
+    """Return a Q/DQ graph without surplus nodes, and the removals in their order.
 
-    A graph without Q/DQ nodes comes back as it is. A cleaned graph comes back unchanged.
+    A graph without Q/DQ nodes, or without surplus ones, comes back unchanged.
 
     Raises:
-        UserError: nothing of the result is valid ONNX, because the graph given was not.
+        UserError: the result is not valid ONNX, because the given graph was not.
     """
     if not any(node.op_type in (_Q, _DQ) for node in model.graph.node):
         return model, ()
@@ -149,15 +149,15 @@ def merge_equal_pairs(graph: gs.Graph) -> Removed:
 def drop_requantization(graph: gs.Graph) -> Removed:
     """Drop a pair that comes right after another on the same tensor.
 
-    With equal scales the second does nothing. With others the first rounds once too often, if
-    nothing but the second reads it.
+    With equal scales the second does nothing. With others the first only adds a rounding, if
+    nothing else reads it.
     """
     for quantize in _nodes(graph, _Q):
-        before = _maker(quantize.inputs[0])
+        before = _producer(quantize.inputs[0])
         if before is None or before.op != _DQ:
             continue
         first, second = _grid(before), _grid(quantize)
-        source = _maker(before.inputs[0])
+        source = _producer(before.inputs[0])
         if first is None or second is None or source is None or source.op != _Q:
             continue
         name = source.inputs[0].name
@@ -177,11 +177,11 @@ def drop_requantization(graph: gs.Graph) -> Removed:
 def drop_pairs_in_fusions(graph: gs.Graph) -> Removed:
     """Drop pairs between a convolution and what TensorRT computes in the same kernel with it.
 
-    That is an activation, or the addition of a shortcut, of whose terms only the other is to be
+    That is an activation, or the addition of a shortcut, where only the other term should be
     quantized.
     """
     for pair in _pairs(graph):
-        layer = _maker(pair.source)
+        layer = _producer(pair.source)
         if layer is None or layer.op not in WEIGHTED_OPS or len(pair.source.outputs) != 1:
             continue
         readers = pair.result.outputs
@@ -201,10 +201,9 @@ def drop_pairs_in_fusions(graph: gs.Graph) -> Removed:
 
 
 def drop_useless_pairs(graph: gs.Graph) -> Removed:
-    """Drop pairs that no INT8 layer reads: around operators that compute in float all the same.
+    """Drop pairs that no INT8 layer reads: around operators that compute in float anyway.
 
-    Such are predictions, gates, and whatever a quantizer took along that TensorRT has no INT8
-    kernel for.
+    Examples are predictions, gates, and other operators that TensorRT has no INT8 kernel for.
     """
     for pair in _pairs(graph):
         if _is_read_in_int8(graph, pair.result, set()):
@@ -218,7 +217,7 @@ def drop_useless_pairs(graph: gs.Graph) -> Removed:
 
 
 def unify_scales(graph: gs.Graph) -> Removed:
-    """Give all that a concatenation, a pooling and the like takes and makes the largest scale.
+    """Give a concatenation, a pooling and the like, inputs and output, the largest of their scales.
 
     With different scales each input is quantized again before the concatenation.
     """
@@ -229,13 +228,13 @@ def unify_scales(graph: gs.Graph) -> Removed:
         on.setdefault(id(pair.source), []).append(pair)
 
     def carried(tensor: gs.Tensor) -> list[_Pair] | None:
-        """Return the pairs whose scales a tensor's values are on, or None where it is in float."""
+        """Return the pairs whose scales a tensor has, or None where it is in float."""
         if id(tensor) in by_result:
             return [by_result[id(tensor)]]
-        maker = _maker(tensor)
-        if maker is not None and maker.op in (*_MOVING, "Resize"):
-            # The further inputs of other operators say where values go.
-            moved = maker.inputs if maker.op == "Concat" else maker.inputs[:1]
+        producer = _producer(tensor)
+        if producer is not None and producer.op in (*_MOVING, "Resize"):
+            # Other operators' further inputs are positions, not values.
+            moved = producer.inputs if producer.op == "Concat" else producer.inputs[:1]
             parts = [carried(item) for item in moved]
             return None if None in parts else [one for part in parts if part for one in part]
         return on.get(id(tensor))
@@ -298,16 +297,16 @@ class _Grid:
 
     def quantize(self, values: NDArray[Any]) -> NDArray[Any]:
         limits = np.iinfo(self.zero.dtype)
-        zero = self._spread(self.zero.astype(np.int64), values)
-        scale = self._spread(self.scale, values).astype(np.float32)
+        zero = self._broadcast(self.zero.astype(np.int64), values)
+        scale = self._broadcast(self.scale, values).astype(np.float32)
         scaled = np.rint(values.astype(np.float32) / scale) + zero
         return np.asarray(np.clip(scaled, limits.min, limits.max).astype(self.zero.dtype))
 
     def dequantize(self, levels: NDArray[Any]) -> NDArray[Any]:
-        shifted = levels.astype(np.float64) - self._spread(self.zero.astype(np.int64), levels)
-        return np.asarray(shifted * self._spread(self.scale, levels))
+        shifted = levels.astype(np.float64) - self._broadcast(self.zero.astype(np.int64), levels)
+        return np.asarray(shifted * self._broadcast(self.scale, levels))
 
-    def _spread(self, per_channel: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
+    def _broadcast(self, per_channel: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
         if per_channel.size == 1:
             return np.asarray(per_channel.reshape(()))
         shape = [1] * values.ndim
@@ -336,15 +335,15 @@ def _is_relu(source: gs.Tensor, grid: _Grid) -> bool:
     ONNX Runtime's quantizer drops the ReLU then.
     """
     lowest = np.iinfo(grid.zero.dtype).min
-    maker = _maker(source)
-    positive = maker is not None and maker.op in ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
+    producer = _producer(source)
+    positive = producer is not None and producer.op in ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
     return bool((grid.zero == lowest).all()) and not positive
 
 
 def _pairs(graph: gs.Graph) -> list[_Pair]:
     found: list[_Pair] = []
     for dequantize in _nodes(graph, _DQ):
-        quantize = _maker(dequantize.inputs[0])
+        quantize = _producer(dequantize.inputs[0])
         if quantize is None or quantize.op != _Q or _value(quantize.inputs[0]) is not None:
             continue
         grid, back = _grid(quantize), _grid(dequantize)
@@ -358,7 +357,7 @@ def _nodes(graph: gs.Graph, op: str) -> list[gs.Node]:
     return [node for node in graph.nodes if node.op == op]
 
 
-def _maker(tensor: gs.Tensor) -> gs.Node | None:
+def _producer(tensor: gs.Tensor) -> gs.Node | None:
     return tensor.inputs[0] if tensor.inputs else None
 
 
@@ -369,9 +368,9 @@ def _value(tensor: gs.Tensor) -> NDArray[Any] | None:
         if isinstance(tensor.dtype, int):
             return None
         return np.asarray(tensor.values)
-    maker = _maker(tensor)
-    if maker is not None and maker.op == "Constant" and "value" in maker.attrs:
-        return np.asarray(maker.attrs["value"].values)
+    producer = _producer(tensor)
+    if producer is not None and producer.op == "Constant" and "value" in producer.attrs:
+        return np.asarray(producer.attrs["value"].values)
     return None
 
 
@@ -383,11 +382,11 @@ def _grid(node: gs.Node) -> _Grid | None:
         zero = _value(node.inputs[2])
     elif node.op == _DQ:
         stored = _value(node.inputs[0])
-        maker = _maker(node.inputs[0])
+        producer = _producer(node.inputs[0])
         if stored is not None:
             zero = np.zeros(1, stored.dtype)
-        elif maker is not None and maker.op == _Q and len(maker.inputs) > 2:
-            zero = _value(maker.inputs[2])
+        elif producer is not None and producer.op == _Q and len(producer.inputs) > 2:
+            zero = _value(producer.inputs[2])
     if scale is None or zero is None or not np.issubdtype(zero.dtype, np.integer):
         return None
     # A scale for all may be stored with any shape of one element.
@@ -430,17 +429,17 @@ def _is_last_layer(graph: gs.Graph, pair: _Pair, addition: gs.Node) -> bool:
     """Return whether a pair's layer is the one, of those whose outputs are added, that is fused."""
     layers: list[gs.Node] = []
     for tensor in addition.inputs:
-        maker = _maker(tensor)
-        if maker is not None and maker.op == _DQ:
-            quantize = _maker(maker.inputs[0])
+        producer = _producer(tensor)
+        if producer is not None and producer.op == _DQ:
+            quantize = _producer(producer.inputs[0])
             tensor = quantize.inputs[0] if quantize is not None else tensor
-            maker = _maker(tensor)
-        if maker is not None and maker.op in WEIGHTED_OPS and len(tensor.outputs) == 1:
-            layers.append(maker)
+            producer = _producer(tensor)
+        if producer is not None and producer.op in WEIGHTED_OPS and len(tensor.outputs) == 1:
+            layers.append(producer)
             if tensor in addition.inputs:
                 return False  # another term is fused already
     order = {id(node): index for index, node in enumerate(graph.nodes)}
-    return bool(layers) and max(layers, key=lambda node: order[id(node)]) is _maker(pair.source)
+    return bool(layers) and max(layers, key=lambda node: order[id(node)]) is _producer(pair.source)
 
 
 def _is_read_in_int8(graph: gs.Graph, tensor: gs.Tensor, seen: set[int]) -> bool:
@@ -464,17 +463,17 @@ def _is_read_in_int8(graph: gs.Graph, tensor: gs.Tensor, seen: set[int]) -> bool
 
 def _has_int8_weights(node: gs.Node) -> bool:
     """Return whether a layer's second factor is dequantized, stored or computed."""
-    maker = _maker(node.inputs[1]) if len(node.inputs) > 1 else None
-    while maker is not None and maker.op in ("Transpose", "Reshape"):
-        maker = _maker(maker.inputs[0])
-    return maker is not None and maker.op == _DQ
+    producer = _producer(node.inputs[1]) if len(node.inputs) > 1 else None
+    while producer is not None and producer.op in ("Transpose", "Reshape"):
+        producer = _producer(producer.inputs[0])
+    return producer is not None and producer.op == _DQ
 
 
 def _is_quantized_around(graph: gs.Graph, node: gs.Node, seen: set[int]) -> bool:
     for tensor in node.inputs:
-        maker = _maker(tensor)
-        fused = maker is not None and maker.op in WEIGHTED_OPS and len(tensor.outputs) == 1
-        if maker is None or not (maker.op == _DQ or fused):
+        producer = _producer(tensor)
+        fused = producer is not None and producer.op in WEIGHTED_OPS and len(tensor.outputs) == 1
+        if producer is None or not (producer.op == _DQ or fused):
             return False
     readers = node.outputs[0].outputs
     if len(readers) == 1 and readers[0].op == "Relu":

@@ -37,17 +37,17 @@ def insert_qdq(
     """Return the graph with Q/DQ pairs on the placement's tensors, quantized weights in its layers.
 
     The same arguments give the same bytes. A scale is amax / 127 for INT8 and amax / 448 for FP8,
-    that of a group the largest of its members'.
+    in a group with the largest amax.
 
     Args:
         model: the float32 graph that `placement` was made for; it is not changed.
-        amax: largest magnitude that each tensor of the placement is to represent, above 0. Of a
-            group, one tensor is enough.
-        quantized: what tensors and weights are quantized to. FP8 needs opset 19.
+        amax: largest magnitude that each tensor of the placement has to represent, above 0. One
+            tensor of a group is enough.
+        quantized: type of tensors and weights. FP8 needs opset 19.
         fp16: compute the rest in half precision, except for what comes after the last
             convolutions. The opset becomes 19 at least.
-        weight_scales: trained scales, float32 (channels,), by the weights' name; those of others
-            are made from their largest magnitudes.
+        weight_scales: trained scales, float32 (channels,), by the weights' name; others come from
+            the weights' largest magnitudes.
 
     Raises:
         UserError: a range is missing, zero or not finite, or a weight is not finite.
@@ -61,7 +61,7 @@ def insert_qdq(
             name: float(_half(np.float32(scale), quantized)) for name, scale in scales.items()
         }
     writer = _Writer(
-        result, scales, _scale_names(placement, scales), quantized, fp16, weight_scales
+        result, scales, _scale_names(placement, scales), quantized, fp16, weight_scales or {}
     )
     outputs = {name for node in graph.node for name in node.output}
     nodes: list[onnx.NodeProto] = []
@@ -104,10 +104,8 @@ def activation_scales(
     Raises:
         UserError: a range is missing, zero or not finite.
     """
-    group_of = {name: group for group in placement.groups for name in group}
     scales: dict[str, float] = {}
-    for name in placement.tensors:
-        members = group_of.get(name, (name,))
+    for name, members in placement.group_of.items():
         known = [(amax[member], member) for member in members if member in amax]
         if not known:
             raise UserError(
@@ -143,9 +141,8 @@ def quantize_weights(
         weights: finite values of any shape.
         axis: the channel axis; None for one scale.
         quantized: what to quantize to.
-        half_scales: take scales that float16 represents, none smaller than exact.
-        scales: scales to take, above 0, float32 (channels,) or (); None: those of the largest
-            magnitudes.
+        half_scales: round scales up to float16.
+        scales: given scales, above 0, float32 (channels,) or (); None: from the largest magnitudes.
 
     Returns:
         The codes (`QuantizedType.encode`) in the same shape, and float32 scales (channels,) or (),
@@ -185,7 +182,7 @@ class _Writer:
         scale_names: Mapping[str, str],
         quantized: QuantizedType,
         half_scales: bool,
-        weight_scales: Mapping[str, NDArray[np.float32]] | None = None,
+        weight_scales: Mapping[str, NDArray[np.float32]],
     ) -> None:
         self._codes: dict[str, NDArray[np.int8]] = {}
         self._constants: dict[str, NDArray[np.float32]] = {}
@@ -193,7 +190,7 @@ class _Writer:
         self._scale_names = scale_names
         self._quantized = quantized
         self._half_scales = half_scales
-        self._weight_scales = weight_scales or {}
+        self._weight_scales = weight_scales
         self._stored = constants_of(model)
 
     def tensors(self) -> list[onnx.TensorProto]:
@@ -204,7 +201,7 @@ class _Writer:
         ]
 
     def dequantized(self, tensor: str) -> str:
-        """Name of what a tensor's Q/DQ pair gives."""
+        """Return the name of the output of a tensor's Q/DQ pair."""
         return f"{tensor}/dequantized"
 
     def pair(self, tensor: str) -> list[onnx.NodeProto]:
@@ -267,17 +264,17 @@ class _Writer:
 
 
 def _scale_names(placement: Placement, scales: Mapping[str, float]) -> dict[str, str]:
-    """Name the scales: a group has one, called after its first tensor."""
-    first = {name: group[0] for group in placement.groups for name in group}
-    first |= {name: first.get(source, source) for name, source in placement.repeated.items()}
-    return {name: f"{first.get(name, name)}/scale" for name in scales}
+    """Return the name of each tensor's scale: a group has one, named after its first tensor."""
+    first = {name: group[0] for name, group in placement.group_of.items()}
+    first |= {name: first[source] for name, source in placement.repeated.items()}
+    return {name: f"{first[name]}/scale" for name in scales}
 
 
 def _half(scale: NDArray[np.float32], quantized: QuantizedType) -> NDArray[np.float32]:
-    """Round positive scales up to float16 values, so that no value falls out of the range."""
+    """Round positive scales up to float16 values: rounding down would shrink the range."""
     if quantized.is_floating:
-        # FP8 loses nothing by a scale larger than need be, and one below the normal numbers of
-        # float16 has few bits, or is taken for 0 by a GPU.
+        # FP8 loses nothing by a larger scale, and a subnormal float16 has few bits or counts as 0
+        # on a GPU.
         scale = np.maximum(scale, np.float32(np.finfo(np.float16).tiny))
     with np.errstate(over="ignore"):
         half = np.asarray(scale).astype(np.float16)

@@ -45,8 +45,15 @@ class Placement:
     unquantized_reads: frozenset[tuple[str, str]]
     """Pairs of a quantized tensor and the first output of a node that reads it unquantized."""
     repeated: dict[str, str] = field(default_factory=dict)
-    """Results of concatenations, poolings and the like, each with a tensor of the same scale that
-    went into it: they get a pair too, which changes no value."""
+    """Results of concatenations, poolings and the like, each with an input of the same scale: they
+    get a pair too, which changes no value."""
+
+    @property
+    def group_of(self) -> dict[str, tuple[str, ...]]:
+        """Group of each of `tensors`; one that shares its scale with no other is its own group."""
+        return {name: (name,) for name in self.tensors} | {
+            name: group for group in self.groups for name in group
+        }
 
 
 Rule = Callable[[GraphIndex, "onnx.NodeProto"], "str | None"]
@@ -68,10 +75,9 @@ def place(
         exclude: names of convolutions that stay in float and read their inputs unquantized.
         exclude_rules: rules of this module by which further layers stay in float.
         propagate: let concatenations, poolings and the like pass 8-bit values on, and additions
-            take them; else only layers read quantized tensors, and other nodes read them
-            unquantized.
+            take them; otherwise only layers read quantized tensors.
         requantize: count the results of concatenations, poolings and the like among `tensors`,
-            whose ranges have to be known; else they are `repeated`, with the scale of their input.
+            with ranges of their own; otherwise they are `repeated`, with the scale of their input.
 
     Raises:
         UserError: the graph is quantized already, or has no layer of a name in `exclude`.
@@ -95,14 +101,14 @@ def place(
         plain = _unquantized_readers(graph, integer)
     else:
         plain = {node.output[0] for node in graph.nodes} - integer
-    wanted = _wanted_tensors(graph, integer, plain)
-    links = list(_links(graph, wanted, plain)) if propagate else []
-    wanted.update(source for sources, _ in links for source in sources)
+    quantized = _quantized_tensors(graph, integer, plain)
+    links = list(_links(graph, quantized, plain)) if propagate else []
+    quantized.update(source for sources, _ in links for source in sources)
     if propagate:
-        wanted.update(_activated_terms(graph, integer, plain, wanted))
-    late = set() if requantize else wanted.intersection(_dequantized_late(graph, links))
-    wanted -= late
-    tensors = tuple(name for name in graph.order if name in wanted)
+        quantized.update(_activated_terms(graph, integer, plain, quantized))
+    late = set() if requantize else quantized.intersection(_dequantized_late(graph, links))
+    quantized -= late
+    tensors = tuple(name for name in graph.order if name in quantized)
     return Placement(
         tensors=tensors,
         groups=tuple(joined_groups(tensors, ((*sources, name) for sources, name in links))),
@@ -126,8 +132,8 @@ def _float_layers(
 ) -> dict[str, str]:
     """Return the layers that stay in float, with reasons.
 
-    All others run in INT8: the first, whose input of 0..1 loses one of its eight bits, and those
-    that make predictions, whose outputs stay in float because no INT8 layer reads them.
+    All others run in INT8, even the first, whose input of 0..1 loses one of its eight bits, and
+    predictions, whose outputs stay in float because no INT8 layer reads them.
     """
     rules = (_has_no_stored_weights, _works_on_single_pixels(graph), _decodes_a_distribution)
     reasons: dict[str, str] = {}
@@ -152,8 +158,8 @@ def _has_no_stored_weights(graph: GraphIndex, node: onnx.NodeProto) -> str | Non
 def _works_on_single_pixels(graph: GraphIndex) -> Rule:
     """A convolution after global pooling works on a single position.
 
-    The two of squeeze-and-excitation do. They cost next to nothing, and their gates scale whole
-    channels, so that rounding them costs accuracy and saves no time.
+    Squeeze-and-excitation has two. They cost next to nothing, and their gates scale whole channels,
+    so rounding them costs accuracy and saves no time.
     """
     pixels = _single_pixel_tensors(graph)
     reason = "works on one pixel, after global pooling"
@@ -206,7 +212,7 @@ def _reduces_space(graph: GraphIndex, node: onnx.NodeProto) -> bool:
 def reads_few_channels(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
     """Convolutions with fewer than 16 input channels (the stem) cannot fill an 8-bit instruction.
 
-    A tensor core multiplies 32 eight-bit channels at a time; missing ones are padded with zeros.
+    A tensor core multiplies 32 eight-bit channels at a time, missing ones padded with zeros.
     """
     weight = _weight_shape(graph, node)
     transposed = node.op_type == "ConvTranspose"
@@ -223,11 +229,11 @@ def is_transposed(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
 
 
 def works_less_than(multiply_adds: int) -> Rule:
-    """Quantizing pays where each value is used often.
+    """A layer that uses each input value seldom gains nothing from quantizing it.
 
-    TensorRT-RTX writes what a convolution computes in half precision and quantizes it in a kernel
-    of its own, which reads two bytes and writes one for each value. What FP8 saves is half the time
-    of the next convolution's multiply-adds for each value.
+    TensorRT-RTX writes a convolution's output in half precision and quantizes it in a separate
+    kernel, which reads two bytes and writes one for each value. FP8 saves half the time of the next
+    convolution's multiply-adds.
     """
 
     def rule(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
@@ -238,14 +244,13 @@ def works_less_than(multiply_adds: int) -> Rule:
 
 
 def is_among_the_last(count: int) -> Rule:
-    """Predictions have few channels and are what is judged; in the head SiLU stands between layers.
+    """Predictions have few channels and decide the accuracy; in the head, SiLU separates layers.
 
-    TensorRT-RTX fuses SiLU with a convolution in half precision, but not with one in FP8, which
-    makes a kernel more where no FP8 layer comes next.
+    TensorRT-RTX fuses SiLU with a convolution in half precision but not in FP8, which adds a kernel
+    where no FP8 layer follows.
 
     Args:
-        count: layers counted from the outputs on; 1 leaves those in float that no other comes
-            after.
+        count: layers counted from the outputs; 1: those that no other layer follows.
     """
 
     def rule(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
@@ -273,9 +278,8 @@ def place_for(
 ) -> Placement:
     """Decide what to quantize to a type, as `place` does, by the rules that serve the type best.
 
-    FP8 stands right before layers that gain by it, and nowhere else. TensorRT-RTX (seen in 1.5 to
-    1.7) pools, concatenates and adds in half precision whatever is before it, so that a pair there
-    would only add kernels.
+    FP8 pairs stand right before layers that gain by them, and nowhere else: TensorRT-RTX 1.5 to 1.7
+    pools, concatenates and adds in half precision all the same, so more pairs only add kernels.
     """
     if quantized.is_floating:
         return place(model, exclude, exclude_rules=FP8_RULES, propagate=False)
@@ -288,45 +292,47 @@ def place_for(
 def _unquantized_readers(graph: GraphIndex, integer: set[str]) -> set[str]:
     """Return the nodes, by first output, that read tensors as they are before quantization.
 
-    A layer in float is there to lose nothing, so neither its input nor what leads only to it is
-    rounded, nor what leads to a graph output without another layer. Any other float operator (such
-    as the multiplication of a shortcut by its factor) reads the quantized tensor: reading the
-    other would make TensorRT write the tensor twice, once in float.
+    A layer stays in float to lose nothing, so its input is not rounded, nor is what leads only to
+    it, or to a graph output without another layer. Any other float operator (such as the
+    multiplication of a shortcut by its factor) reads the quantized tensor; otherwise TensorRT would
+    write the tensor twice, once in float.
     """
     plain: set[str] = set()
     for node in reversed(graph.nodes):
         if node.output[0] in integer:
             continue
-        wishes = [
+        readers_plain = [
             user.output[0] in plain for name in node.output if name for user in graph.readers(name)
         ]
-        # A data-movement operator stays unquantized if any of its readers wants that.
+        # A data-movement operator stays unquantized if any of its readers is.
         moves = bool(_concatenated(graph, node) or _moved(graph, node))
-        if node.op_type in CONVOLUTIONS or all(wishes) or (moves and any(wishes)):
+        if node.op_type in CONVOLUTIONS or all(readers_plain) or (moves and any(readers_plain)):
             plain.add(node.output[0])
     return plain
 
 
-def _wanted_tensors(graph: GraphIndex, integer: set[str], plain: set[str]) -> set[str]:
+def _quantized_tensors(graph: GraphIndex, integer: set[str], plain: set[str]) -> set[str]:
     """Return the tensors to quantize: what INT8 layers read, and what is added to their outputs."""
-    wanted = {node.input[0] for node in graph.nodes if node.output[0] in integer}
-    while found := set(_shortcuts(graph, integer, plain, wanted)) - wanted:
-        wanted |= found
-    return wanted
+    quantized = {node.input[0] for node in graph.nodes if node.output[0] in integer}
+    while found := set(_shortcuts(graph, integer, plain, quantized)) - quantized:
+        quantized |= found
+    return quantized
 
 
-def _links(graph: GraphIndex, wanted: set[str], plain: set[str]) -> Iterator[tuple[list[str], str]]:
-    """Yield what goes into and what comes out of operators that pass INT8 on.
+def _links(
+    graph: GraphIndex, quantized: set[str], plain: set[str]
+) -> Iterator[tuple[list[str], str]]:
+    """Yield inputs and output of the operators that pass INT8 on.
 
-    All these tensors need equal scales, and only what goes in needs a pair: TensorRT quantizes as
-    early and dequantizes as late as it can. Seen in what TensorRT-RTX 1.7 builds: with pairs only
-    before them pooling and concatenation take INT8 and pass it to the convolution; with a pair
-    only after them, one pooling that is read twice is computed twice; with pairs before some of a
-    concatenation's inputs only, the others come in float.
+    All of them need equal scales, and only the inputs need a pair: TensorRT quantizes as early and
+    dequantizes as late as it can. Seen in TensorRT-RTX 1.7: with pairs before them only, pooling
+    and concatenation take INT8 and pass it to the convolution; with a pair after them only, a
+    pooling that is read twice is computed twice; with pairs on some inputs of a concatenation
+    only, the others are read in float.
 
-    Where another reader wants the unquantized values, the operator stays in float.
+    Where another reader needs the unquantized values, the operator stays in float.
     """
-    pending, seen = sorted(wanted), set(wanted)
+    pending, seen = sorted(quantized), set(quantized)
     while pending:
         name = pending.pop()
         node = graph.producer(name)
@@ -342,10 +348,10 @@ def _links(graph: GraphIndex, wanted: set[str], plain: set[str]) -> Iterator[tup
 def _dequantized_late(
     graph: GraphIndex, links: Iterable[tuple[Sequence[str], str]]
 ) -> Iterator[str]:
-    """Yield the results that need no pair of their own: INT8 comes out, and dequantization waits.
+    """Yield the outputs of such operators that stay INT8 without a pair, see `_links`.
 
-    Not after a resizing: TensorRT-RTX 1.7 dequantizes before it, and the convolution after it would
-    be left in float (four of the YOLOv6Lite's were).
+    Those of a resizing do not: TensorRT-RTX 1.7 dequantizes before it and leaves the convolution
+    after it in float (four in YOLOv6Lite).
     """
     for _, result in links:
         node = graph.producer(result)
@@ -358,10 +364,10 @@ def _repeated(
 ) -> dict[str, str]:
     """Return the tensors dequantized late, each with a tensor of the same scale that has a pair.
 
-    Values do not change by a pair of their own. TensorRT 8 takes a convolution as INT8 only where a
-    pair stands right before it; else its weights' DequantizeLinear stays a layer, and the build
-    fails. TensorRT-RTX 1.7 makes the same layers of all these pairs as of none, but with one after
-    a concatenation and none after the pooling before it, that pooling is in float.
+    Such a pair changes no value. TensorRT 8 runs a convolution in INT8 only after a pair that feeds
+    it directly; otherwise its weights' DequantizeLinear stays a layer, and the build fails.
+    TensorRT-RTX 1.7 builds the same layers with all these pairs or none; with one after a
+    concatenation and none after the pooling before it, that pooling is in float.
     """
     sources = {result: inputs[0] for inputs, result in links}
     found: dict[str, str] = {}
@@ -375,11 +381,11 @@ def _repeated(
 
 
 def _concatenated(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
-    """A concatenation works in INT8 if all that goes in has the scale of what comes out.
+    """A concatenation works in INT8 if its inputs have the scale of its output.
 
-    The convolution after it has one scale for its whole input anyway. With the same scale before
-    it TensorRT only copies bytes, or has the layers before it write into place; with others each
-    input would be quantized again.
+    The convolution after it has one scale for its whole input anyway. With equal scales TensorRT
+    only copies bytes, or has the layers before write in place; with others it would quantize each
+    input again.
     """
     if node.op_type != "Concat" or any(name in graph.constants for name in node.input):
         return []
@@ -389,9 +395,9 @@ def _concatenated(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
 def _moved(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
     """Max pooling, resizing and moving values keep the scale of their input.
 
-    Rounding is monotonic, so the maximum of rounded values is the rounded maximum; what is only
-    moved is not changed at all. Linear interpolation stays between the values it is given; cubic
-    interpolation overshoots, and pads with a value may leave the range: they stay in float.
+    Rounding is monotonic, so the maximum of rounded values is the rounded maximum. Moving changes
+    no value, and linear interpolation stays within the range; cubic interpolation overshoots, and
+    padding with a value may leave the range: these two stay in float.
     """
     if node.op_type == "Resize":
         moves = attribute(node, "mode", "nearest") in ("nearest", "linear")
@@ -401,21 +407,21 @@ def _moved(graph: GraphIndex, node: onnx.NodeProto) -> list[str]:
 
 
 def _shortcuts(
-    graph: GraphIndex, integer: set[str], plain: set[str], wanted: set[str]
+    graph: GraphIndex, integer: set[str], plain: set[str], quantized: set[str]
 ) -> Iterator[str]:
     """Yield the tensors that residual additions add to the output of a convolution.
 
     TensorRT fuses convolution, addition, ReLU and the quantization after them into one INT8
     kernel if the addend is INT8 too; the convolution's own output must not be quantized, because
-    that would part it from the addition. Where both terms are convolutions, the later one is fused.
-    Where activations stand between, the addition is a pointwise kernel of its own, for whose sake
-    only `_activated_terms` are quantized.
+    that would separate it from the addition. If both terms are convolutions, the later one is
+    fused. With activations between, the addition is a pointwise kernel of its own, for which only
+    `_activated_terms` are quantized.
     """
-    yield from _activated_terms(graph, integer, plain, wanted)
+    yield from _activated_terms(graph, integer, plain, quantized)
     for node in graph.nodes:
         if node.op_type not in ("Add", "Sum") or len(node.input) != 2 or node.output[0] in plain:
             continue
-        if not is_quantized_after(graph, node, wanted):
+        if not is_quantized_after(graph, node, quantized):
             continue
         fused = [
             name
@@ -428,14 +434,14 @@ def _shortcuts(
 
 
 def _activated_terms(
-    graph: GraphIndex, integer: set[str], plain: set[str], wanted: set[str]
+    graph: GraphIndex, integer: set[str], plain: set[str], quantized: set[str]
 ) -> Iterator[str]:
-    """Yield what activations write for additions whose other term is quantized, as is their result.
+    """Yield activations' outputs that are added to a quantized tensor, to be quantized as well.
 
-    That is how the shortcuts of M and L-ReLU end, with SiLU those of YOLOX, and with a factor on
-    the other term those of L. Four such blocks of 128 channels take TensorRT 8 0.6 times half
-    precision's time with both terms in INT8 (0.5 times with SiLU), and 0.8 to 1.0 times with one of
-    them or none (H100).
+    The shortcuts of M and L-ReLU end that way, those of YOLOX with SiLU, and those of L with a
+    factor on the other term. Four such blocks of 128 channels take TensorRT 8 0.6 times as long as
+    half precision with both terms in INT8 (0.5 times with SiLU), and 0.8 to 1.0 times with one or
+    none (H100).
     """
     for node in graph.nodes:
         if node.op_type != "Add" or len(node.input) != 2 or node.output[0] in plain:
@@ -448,29 +454,29 @@ def _activated_terms(
         }
         if (
             activated
-            and wanted.union(activated).issuperset(read)
-            and is_quantized_after(graph, node, wanted)
+            and quantized.union(activated).issuperset(read)
+            and is_quantized_after(graph, node, quantized)
         ):
             yield from activated
 
 
 def _before_factor(graph: GraphIndex, name: str) -> str:
-    """Return the tensor that a multiplication by one number reads; else the tensor itself."""
+    """Return the tensor before a multiplication by one number; without one, the tensor itself."""
     node = graph.producer(name)
     scaled = None if node is None else graph.scaled(node)
     return name if scaled is None else scaled[0]
 
 
 def _is_rectified(graph: GraphIndex, name: str, integer: set[str]) -> bool:
-    """Return whether a tensor is what a ReLU makes of an INT8 layer's output."""
+    """Return whether a tensor is a ReLU of an INT8 layer's output."""
     node = graph.producer(name)
     return node is not None and node.op_type == "Relu" and node.input[0] in integer
 
 
 def _is_gated(graph: GraphIndex, name: str, integer: set[str]) -> bool:
-    """Return whether a tensor is what SiLU makes of an INT8 layer's output.
+    """Return whether a tensor is the SiLU of an INT8 layer's output.
 
-    Its channels may have been rescaled after it (`equalization.rescaling`).
+    Its channels may be rescaled afterwards (`equalization.rescaling`).
     """
     node = graph.producer(name)
     if node is not None and node.op_type == "Mul" and graph.scaled(node) is None:
@@ -481,18 +487,18 @@ def _is_gated(graph: GraphIndex, name: str, integer: set[str]) -> bool:
     return gated is not None and gated[0] in integer and gated[1].op_type == "Sigmoid"
 
 
-def is_quantized_after(graph: GraphIndex, node: onnx.NodeProto, wanted: set[str]) -> bool:
+def is_quantized_after(graph: GraphIndex, node: onnx.NodeProto, quantized: set[str]) -> bool:
     """Return whether a node's output, or the ReLU's that follows it, is a tensor to quantize."""
     readers = graph.readers(node.output[0])
-    return node.output[0] in wanted or (
-        len(readers) == 1 and readers[0].op_type == "Relu" and readers[0].output[0] in wanted
+    return node.output[0] in quantized or (
+        len(readers) == 1 and readers[0].op_type == "Relu" and readers[0].output[0] in quantized
     )
 
 
 def joined_groups(items: Iterable[Item], links: Iterable[Iterable[Item]]) -> list[tuple[Item, ...]]:
     """Return groups of two and more items that links join, directly or through other links.
 
-    Groups and their items are in the order of `items`; links may have others as well.
+    Groups and their items are in the order of `items`; links may contain further items.
     """
     group_of: dict[Item, set[Item]] = {}
     for link in links:

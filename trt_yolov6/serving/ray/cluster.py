@@ -75,14 +75,14 @@ def connected(address: str) -> Iterator[Any]:
 
 
 def _import_ray(address: str) -> Any:
-    """Import Ray, told before it reads its environment how to behave."""
-    # Nobody is told of the job; what its C++ side logs stays in the session's folder.
+    """Import Ray, after setting the environment that it reads then."""
+    # No usage reports; logs of the C++ part only go to the session's folder.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if address == "local":
-        # Whoever reaches a cluster runs code on it. This is Ray's way to have all its servers on
-        # loopback, the default on Windows and macOS; elsewhere they take the machine's address,
-        # whatever `ray.init` is told.
+        # Whoever reaches a cluster can run code on it. With this, all of Ray's servers listen on
+        # loopback, as on Windows and macOS; otherwise they take the machine's address, whatever
+        # the arguments of `ray.init`.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray

@@ -92,9 +92,9 @@ def infer_on_ray(
 
     Writes parts into the folder (see `parts`), each of them a row a picture: `file`, `width`,
     `height` and `detections`, as in `detections.json` of `infer_source`. Nothing is drawn. Only the
-    machine that calls this writes, so each picture is in the parts once, whatever dies on the way;
-    called again, it goes on with what no part has yet. `failures.jsonl` lists what could not be
-    read in this run.
+    machine that calls this writes, so each picture is in the parts once, whatever other machines
+    fail; called again, it continues with pictures that no part has. `failures.jsonl` lists those
+    that this run could not read.
 
     Args:
         engine: an engine file; machines that do not have it at this path are sent a copy.

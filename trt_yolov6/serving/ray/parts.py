@@ -1,7 +1,7 @@
-"""Results of a job on disk or in a store: parts, each written whole, that tell what is done.
+"""Results of a job on disk or in a store, in parts that are written whole.
 
-A job's folder has `job.json`, what decides the results, and `part-000000.jsonl` (or `.parquet`) and
-so on, in the order in which they were written. A picture is done where a part has it.
+A job's folder has `job.json`, all that decides the results, and `part-000000.jsonl` (or `.parquet`)
+and so on, in the order of writing. A picture is done if a part has it.
 """
 
 from __future__ import annotations

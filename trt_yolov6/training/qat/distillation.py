@@ -25,7 +25,7 @@ def channel_divergence(
     Args:
         student: float (batch, channels, h, w).
         teacher: the same; gets no gradient.
-        temperature: T, above zero: the larger, the more do weak responses count.
+        temperature: T, above zero; a larger one gives weak responses more weight.
         relative: activations count in standard deviations of the teacher's channel over the batch.
             The divergence then is the same however channels are rescaled.
 
@@ -36,11 +36,11 @@ def channel_divergence(
         own, guide = student.float(), teacher.detach().float()
         if relative:
             axes = (0, 2, 3)
-            spread = guide.std(axes, correction=0, keepdim=True)
+            deviation = guide.std(axes, correction=0, keepdim=True)
             least = FAINTEST * guide.square().mean(axes, keepdim=True).sqrt()
-            spread = torch.maximum(spread, least)
-            spread = torch.where(spread > 0, spread, 1.0)
-            own, guide = own / spread, guide / spread
+            deviation = torch.maximum(deviation, least)
+            deviation = torch.where(deviation > 0, deviation, 1.0)
+            own, guide = own / deviation, guide / deviation
         own = (own.flatten(2) / temperature).log_softmax(2)
         guide = (guide.flatten(2) / temperature).log_softmax(2)
         each = (guide.exp() * (guide - own)).sum(2)

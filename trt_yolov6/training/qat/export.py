@@ -1,4 +1,4 @@
-"""Graphs of what quantization-aware training made: with Q/DQ nodes, or with rounded weights."""
+"""Graphs of a network from quantization-aware training: with Q/DQ nodes, or rounded weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from trt_yolov6.training.qat.preparation import Start
 def trained_graph(start: Start, trained: Trained, *, fp16: bool = False) -> Graph:
     """Return the Q/DQ graph, ready to be built: PTQ's nodes with trained weights and scales.
 
-    With `fp16` everything that is not quantized is in half precision, whose scales are rounded up
-    to float16.
+    With `fp16`, everything that is not quantized is in half precision, and scales are rounded up to
+    float16.
 
     Raises:
-        UserError: of fewer bits, which Q/DQ pairs of INT8 cannot express.
+        UserError: it has fewer bits, which INT8's Q/DQ pairs cannot express.
     """
     narrow = [bits for bits in start.quantization.weight_bits.values() if bits != WIDEST]
     if narrow:
@@ -40,17 +40,17 @@ def trained_graph(start: Start, trained: Trained, *, fp16: bool = False) -> Grap
         weight_scales=trained.weight_scales,
     )
     calibration = {**(start.graph.calibration or {}), "rest": "fp16" if fp16 else "fp32"}
-    for name in ("agreement", "agreement_interval", "judged_on"):  # of what training began with
+    for name in ("agreement", "agreement_interval", "judged_on"):  # those before the training
         calibration.pop(name, None)
     calibration["quantization_aware_training"] = True
     return dataclasses.replace(start.graph, model=model, calibration=calibration)
 
 
 def rounded_graph(trained: Trained) -> onnx.ModelProto:
-    """Return the graph without Q/DQ nodes whose weights are rounded: goes with a scales cache.
+    """Return the graph without Q/DQ nodes, its weights rounded, to use with a calibration cache.
 
-    TensorRT up to 10 then quantizes weights by their largest magnitude, which is what they are
-    rounded to unless training made a scale larger than any weight of its channel needs.
+    TensorRT up to 10 scales weights by their largest magnitude. That reproduces the rounding,
+    unless training made a scale larger than the channel's weights need.
     """
     model = copy.deepcopy(trained.model)
     constants = {item.name: item for item in model.graph.initializer}

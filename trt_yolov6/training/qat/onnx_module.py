@@ -60,7 +60,7 @@ class Trained:
     model: onnx.ModelProto
     """The float graph with the trained weights."""
     amax: dict[str, float]
-    """Range by quantized tensor, as calibration tables have it."""
+    """Range by quantized tensor, see `CalibrationTable`."""
     weight_scales: dict[str, NDArray[np.float32]]
     """Scale by channel, float32 (channels,), by the name of the quantized weights."""
 
@@ -246,12 +246,11 @@ class GraphNetwork(nn.Module):
     def _add_quantizers(
         self, nodes: Sequence[onnx.NodeProto], given: Quantization, learn_scales: bool
     ) -> None:
-        group_of = {name: group[0] for group in given.placement.groups for name in group}
         known = {self._input, *(name for node in nodes for name in node.output)}
-        for tensor in given.placement.tensors:
+        for tensor, group in given.placement.group_of.items():
             if tensor not in known:
                 continue
-            key = f"tensor:{group_of.get(tensor, tensor)}".replace(".", ":")
+            key = f"tensor:{group[0]}".replace(".", ":")
             if key not in self.quantizers:
                 scale = torch.tensor(np.float32(given.scales[tensor]))
                 self.quantizers[key] = FakeQuantizer(
@@ -417,8 +416,8 @@ def _needed(model: onnx.ModelProto, outputs: set[str]) -> list[onnx.NodeProto]:
     for node in graph.nodes:
         if node.op_type in CONVOLUTIONS or after_layer.intersection(node.input):
             after_layer.update(node.output)
-    wanted = graph.ancestors(outputs) & after_layer
-    return [node for node in graph.nodes if node.output[0] in wanted]
+    needed = graph.ancestors(outputs) & after_layer
+    return [node for node in graph.nodes if node.output[0] in needed]
 
 
 def _first_input(nodes: Sequence[onnx.NodeProto], constants: Mapping[str, Any]) -> str:

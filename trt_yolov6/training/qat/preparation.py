@@ -77,17 +77,17 @@ def prepare_graph(
     """Calibrate a graph, to be trained quantized.
 
     Args:
-        graph: that `export_onnx` made of a network of `arch`, in the form that is to come out.
-        arch: of the network.
+        graph: graph that `export_onnx` made of a network of `arch`.
+        arch: the network's architecture.
         calib: folder of calibration images.
         quantization: calibrator, equalization and float layers, as for `quantize`. Biases are not
             corrected: training does that.
-        bits: of weights and activations, 2 to 8. Below 8 there is no export; the first and last
-            layers keep 8 then (LSQ, Section 3).
-        score: for automatic float layers, see `quantize`.
+        bits: bits of weights and activations, 2 to 8. With fewer than 8, which cannot be exported,
+            the first and last layers keep 8 (LSQ, Section 3).
+        score: see `quantize`.
 
     Raises:
-        UserError: see `quantize`, or a setting is not for training.
+        UserError: see `quantize`, or training does not support a setting.
     """
     if not NARROWEST <= bits <= WIDEST:
         raise UserError(f"`bits` {bits} is out of range; give {NARROWEST} to {WIDEST}.")
@@ -100,7 +100,7 @@ def prepare_graph(
             "takes fp16)."
         )
     settings = dataclasses.replace(settings, bias_correction=False, reconstruct=False)
-    # What training will not know is found out before a minute of calibration.
+    # Refuses operators that training does not support, before a minute of calibration.
     GraphNetwork(graph.model, arch)
     result = quantize(graph, calib, settings, score=score)
     layers = result.placement.layers
@@ -123,9 +123,8 @@ def prepare_graph(
 
 
 def _ends(model: onnx.ModelProto, placement: Placement) -> tuple[set[str], set[str]]:
-    """Return the layers that read the image or make predictions, and what only they read."""
-    names, quantized = layer_names(model), set(placement.tensors)
-    graph = GraphIndex(model)
+    """Return the layers that read the image or make predictions, and the tensors only they read."""
+    names, graph = layer_names(model), GraphIndex(model)
     layers, tensors, others = set(), set[str](), set[str]()
     for node in graph.nodes:
         if node.op_type not in CONVOLUTIONS:
@@ -138,8 +137,8 @@ def _ends(model: onnx.ModelProto, placement: Placement) -> tuple[set[str], set[s
         else:
             others.add(node.input[0])
     tensors -= others
-    grouped = {name for group in placement.groups for name in group}
-    return layers, (tensors & quantized) - grouped
+    alone = {name for name, group in placement.group_of.items() if len(group) == 1}
+    return layers, tensors & alone
 
 
 def _narrow(
@@ -157,9 +156,7 @@ def _narrow(
     statistics = collect(result.float_model, images, placement.tensors)
     scales: dict[str, float] = {}
     levels: dict[str, Levels] = {}
-    group_of = {name: group for group in placement.groups for name in group}
-    for name in placement.tensors:
-        members = group_of.get(name, (name,))
+    for name, members in placement.group_of.items():
         negative = any(statistics[member].amin < 0 for member in members)
         levels[name] = activation_levels(WIDEST if name in wide else bits, negative=negative)
         kind = dataclasses.replace(INT8, largest=levels[name].high)

@@ -1,4 +1,4 @@
-"""A whole run: the checkpoint exported, calibrated, trained and evaluated, and its files written.
+"""A run of `qat`: export, calibrate, train and evaluate a checkpoint, and write the files.
 
 output/ settings.json, state.pt while it trains, log.jsonl, <model>.onnx, an engine if asked for
 """
@@ -67,26 +67,26 @@ def run(
     resume: bool = False,
     progress: bool = True,
 ) -> QatRun:
-    """Export and calibrate a checkpoint, train it quantized, and build what came of it.
+    """Export and calibrate a checkpoint, train it quantized, and build the result.
 
     Args:
-        checkpoint: what is trained.
+        checkpoint: the network to train.
         calib: folder of calibration images.
-        settings: what decides the training.
+        settings: settings of the training.
         output: the run's folder.
         graph_options: as for `export`.
-        quantization: see `prepare_graph`; the budget of automatic float layers is held on the
+        quantization: see `prepare_graph`; a budget of automatic float layers is one of AP on the
             validation split.
         val_split: `none`: evaluate nothing.
-        backend: to build for besides the ONNX file, which is ONNX Runtime's engine.
-        fp16: what is not INT8 in half precision.
-        float_graph: write the graph without Q/DQ nodes too.
+        backend: backend to build for in addition to ONNX Runtime, whose engine is the ONNX file.
+        fp16: half precision for what is not INT8.
+        float_graph: also write the graph without Q/DQ nodes.
         device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one.
-        resume: go on with the interrupted training in `output`.
+        resume: continue the interrupted training in `output`.
         progress: see `train_quantized`.
 
     Raises:
-        UserError: something of this cannot be used, or `output` has another run.
+        UserError: an argument cannot be used, or `output` has another run.
     """
     where = chosen_device(device)
     stem = output / checkpoint.arch.name

@@ -1,10 +1,10 @@
-"""Quantization-aware training: a checkpoint in, the Q/DQ graph that PTQ would give out, trained.
+"""Quantization-aware training of the Q/DQ graph that PTQ makes of a checkpoint.
 
     checkpoint ─ preparation ─▶ Start ─ loop ─▶ Trained ─ export ─▶ Q/DQ graph
 
-Paper, Section 2.5.3: all layers quantized, or all but the sensitive ones; held to the float network
-by channel-wise distillation. What is trained is the graph that calibration prepared: equalized
-where that agreed best, with the same pairs, from the same scales on.
+Paper, Section 2.5.3: all layers quantized, or all except the sensitive ones, with channel-wise
+distillation from the float network. Training starts from the graph that calibration prepared, with
+its equalization, its pairs and its scales.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PARTS = ("total", "detection", "distill")
 
 @dataclass(frozen=True)
 class QatResult:
-    """A trained network, and what training it took."""
+    """A trained network, and the time and memory of its training."""
 
     network: GraphNetwork
     trained: Trained
@@ -79,9 +79,9 @@ def train_quantized(
 
     Args:
         start: from `prepare_graph`.
-        settings: what decides the result.
+        settings: all that decides the result.
         device: `cpu`, `cuda` or `cuda:N`; None takes a GPU where there is one.
-        state_file: written after each epoch, and gone on from where it is there.
+        state_file: file to store the state in after each epoch, and to resume from if it exists.
         state_seconds: least time between two writings of the state within an epoch.
         progress: show a bar on stderr; off a terminal, log a header and a line an epoch.
         data: the training split, if it is loaded already.
@@ -283,7 +283,7 @@ def _restored(path: Path | None, task: Task) -> Progress:
 
 @contextlib.contextmanager
 def _convolutions(device: torch.device, *, exact: bool) -> Iterator[None]:
-    """Choose how cuDNN convolves: TF32 to train, float32 to measure."""
+    """Choose cuDNN's arithmetic for convolutions: TF32 to train, float32 to evaluate."""
     chosen = torch.backends.cudnn
     before = chosen.benchmark, chosen.allow_tf32
     if device.type == "cuda":
