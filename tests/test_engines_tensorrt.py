@@ -33,6 +33,8 @@ from trt_yolov6.engines.tensorrt import enterprise as tensorrt
 from trt_yolov6.engines.tensorrt import rtx as tensorrt_rtx
 from trt_yolov6.engines.tensorrt.flavour import Flavour, logger_of, one_line
 from trt_yolov6.errors import MissingDependencyError, UserError, install_command
+from trt_yolov6.pipeline import settings_for
+from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.spec import BatchProfile, NmsSettings
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "yolov6n_bccd_authors.pt"
@@ -310,6 +312,17 @@ def pretend(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     module = types.ModuleType("tensorrt")
     module.__version__ = version  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorrt", module)
+
+
+@pytest.mark.parametrize(("version", "depthwise"), [("8.6.0", False), ("10.9.0.34", True)])
+def test_depthwise_convolutions_are_quantized_for_releases_that_have_them_in_int8(
+    monkeypatch: pytest.MonkeyPatch, version: str, depthwise: bool
+) -> None:
+    pretend(monkeypatch, version)
+    given = QuantizationSettings(calibrator="minmax")
+    expected = dataclasses.replace(given, shift=False, depthwise=depthwise)
+    assert settings_for("tensorrt", given) == expected
+    assert settings_for("onnxruntime", given) == given
 
 
 @pytest.mark.parametrize(

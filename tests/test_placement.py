@@ -28,6 +28,7 @@ from trt_yolov6.quantization.qdq.placement import (
     Placement,
     Rule,
     is_among_the_last,
+    is_depthwise,
     is_transposed,
     place,
     reads_few_channels,
@@ -405,6 +406,16 @@ class TestRulesToChoose:
         graph.conv("quarters", "halves_out", (32, 32), group=4)
         placement = place(graph.model("quarters_out"), exclude_rules=(reads_few_channels,))
         assert set(placement.float_layers) == {"wide", "quarters"}
+
+    def test_depthwise_convolutions(self) -> None:
+        graph = GraphWriter()
+        graph.conv("whole", "images", (3, 8))
+        graph.conv("depthwise", "whole_out", (8, 8), group=8)
+        graph.conv("halves", "depthwise_out", (8, 8), group=2)
+        placement = place(graph.model("halves_out"), exclude_rules=(is_depthwise,))
+        assert set(placement.float_layers) == {"depthwise"}
+        # What a layer in float reads is not rounded either.
+        assert placement.tensors == ("images", "depthwise_out")
 
     def test_transposed_convolutions(self) -> None:
         up = {"kernel": 2, "strides": [2, 2], "op": "ConvTranspose"}

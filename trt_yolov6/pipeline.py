@@ -312,9 +312,7 @@ def _quantized_for(
     from trt_yolov6.quantization.settings import QuantizationSettings
     from trt_yolov6.quantization.table import table_path
 
-    settings = options.get("quantization") or QuantizationSettings()
-    if backend == "tensorrt":
-        settings = dataclasses.replace(settings, shift=False)
+    settings = settings_for(backend, options.get("quantization") or QuantizationSettings())
     return quantize(
         graph,
         calibration,
@@ -325,6 +323,19 @@ def _quantized_for(
         table=table_path(engine),
         progress=options.get("progress", True),
     )
+
+
+def settings_for(backend: str, settings: QuantizationSettings) -> QuantizationSettings:
+    """Return quantization settings without what a backend loses by.
+
+    For TensorRT that is `shift`, and in version 8 `depthwise`.
+    """
+    if backend != "tensorrt":
+        return settings
+    from trt_yolov6.engines.tensorrt.enterprise import has_int8_depthwise
+
+    depthwise = settings.depthwise and has_int8_depthwise()
+    return dataclasses.replace(settings, shift=False, depthwise=depthwise)
 
 
 def quantization_settings(

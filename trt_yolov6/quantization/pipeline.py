@@ -171,7 +171,7 @@ def _check_graph(graph: Graph, settings: QuantizationSettings) -> None:
             "float32 graph."
         )
     check_weights(graph.model)
-    if not place_for(quantized, graph.model).layers:
+    if not place_for(quantized, graph.model, depthwise=settings.depthwise).layers:
         why = (
             "they all do little work for each value that is quantized"
             if quantized.is_floating
@@ -205,6 +205,7 @@ def _key(
             "border": settings.border,
             "placement": _PLACEMENT,
             "preprocessing": str(graph.preprocessing),
+            **({} if settings.depthwise else {"depthwise": False}),
             **({"mirrored": True} if copies_of(graph) > 1 else {}),
             **({} if score is None else {"labelled data": score.data_sha256}),
         },

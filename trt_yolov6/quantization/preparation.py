@@ -76,12 +76,14 @@ class Prepared:
     model: onnx.ModelProto
     placement: Placement
     statistics: Mapping[str, TensorStatistics]
+    depthwise: bool
+    """Depthwise convolutions are quantized, too."""
 
     def placed(self, float_layers: tuple[str, ...]) -> Placement:
         """Return the placement with some layers in float."""
         if not float_layers:
             return self.placement
-        return place_for(self.quantized, self.model, float_layers)
+        return place_for(self.quantized, self.model, float_layers, depthwise=self.depthwise)
 
     @property
     def means(self) -> dict[str, NDArray[np.float64]]:
@@ -151,11 +153,13 @@ def prepare(
     if form is None:
         tensors = tensors_to_measure(graph.model) if variant != "plain" else ()
         form = formed(graph, variant, measured(graph.model, tensors) if tensors else {})
-    placement = place_for(settings.quantized, form.model)
+    placement = place_for(settings.quantized, form.model, depthwise=settings.depthwise)
     to_align = form.solution is not None and form.shifts_much
     names = quantizable_tensors(form.model, settings) if measure or to_align else ()
     statistics = measured(form.model, names) if names else {}
-    prepared = Prepared(variant, settings.quantized, form.model, placement, statistics)
+    prepared = Prepared(
+        variant, settings.quantized, form.model, placement, statistics, settings.depthwise
+    )
     if form.solution is None or not to_align:
         return prepared
     ranges = prepared.ranges(calibrators(settings)[0])
@@ -214,7 +218,7 @@ def quantizable_tensors(model: onnx.ModelProto, settings: QuantizationSettings) 
     """Return the tensors whose statistics calibrating a graph takes."""
     if settings.float_layers != ():
         return tensors_for_any_choice(model)
-    return place_for(settings.quantized, model).tensors
+    return place_for(settings.quantized, model, depthwise=settings.depthwise).tensors
 
 
 class Fold:

@@ -31,6 +31,9 @@ class QuantizationSettings(Checked):
     shift: bool = True
     """Try channels that are moved to the middle of their range as well. Not for TensorRT proper:
     TensorRT 8.6 takes YOLOv6-N so, but borders that are added after convolutions are untried."""
+    depthwise: bool = True
+    """Quantize depthwise convolutions as well. Not for TensorRT 8, which computes them in half
+    precision whatever the graph says. FP8 leaves them in float."""
     bias_correction: bool = True
     """Try biases that take back the mean error of each layer."""
     reconstruct: bool = True
@@ -105,7 +108,7 @@ def check_float_layers(graph: Graph, settings: QuantizationSettings) -> None:
             least_agreement(settings.max_ap_drop)
         return
     kept = requested if isinstance(requested, tuple) else ()
-    layers = place_for(settings.quantized, graph.model, kept).layers
+    layers = place_for(settings.quantized, graph.model, kept, depthwise=settings.depthwise).layers
     chosen = most_sensitive(layers, requested) if isinstance(requested, int) else ()
     if len(chosen) == len(layers):
         raise UserError(

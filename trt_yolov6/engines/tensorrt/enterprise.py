@@ -103,6 +103,17 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
     return TensorRTEngine(flavour, path, manifest, contexts, options)
 
 
+def has_int8_depthwise() -> bool:
+    """Return False for TensorRT 8, which computes depthwise convolutions in half precision.
+
+    So does 8.6.0 on an H200; of 10 and 11 it is not known.
+
+    Raises:
+        MissingDependencyError: TensorRT is missing.
+    """
+    return _flavour().release >= (9, 0)
+
+
 def _flavour() -> Flavour:
     _load_libraries()
     try:

@@ -220,6 +220,16 @@ def reads_few_channels(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
     return "reads fewer than 16 channels" if channels < 16 else None
 
 
+def is_depthwise(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
+    """TensorRT 8 computes depthwise convolutions in half precision, whatever the graph says.
+
+    So rounding what they read would cost accuracy, and save no time.
+    """
+    weight = _weight_shape(graph, node)
+    depthwise = node.op_type == "Conv" and 1 < weight[0] == attribute(node, "group", 1)
+    return "is a depthwise convolution" if depthwise else None
+
+
 def is_transposed(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
     """TensorRT-RTX has no transposed convolution in FP8: it would dequantize its input again.
 
@@ -274,16 +284,22 @@ FP8_RULES: tuple[Rule, ...] = (
 
 
 def place_for(
-    quantized: QuantizedType, model: onnx.ModelProto, exclude: Collection[str] = ()
+    quantized: QuantizedType,
+    model: onnx.ModelProto,
+    exclude: Collection[str] = (),
+    *,
+    depthwise: bool = True,
 ) -> Placement:
     """Decide what to quantize to a type, as `place` does, by the rules that serve the type best.
+
+    Without `depthwise`, depthwise convolutions stay in float, as they always do with FP8.
 
     FP8 pairs stand right before layers that gain by them, and nowhere else: TensorRT-RTX 1.5 to 1.7
     pools, concatenates and adds in half precision all the same, so more pairs only add kernels.
     """
     if quantized.is_floating:
         return place(model, exclude, exclude_rules=FP8_RULES, propagate=False)
-    return place(model, exclude)
+    return place(model, exclude, exclude_rules=() if depthwise else (is_depthwise,))
 
 
 # --- which tensors carry INT8 -------------------------------------------------------------------

@@ -17,7 +17,7 @@ from trt_yolov6.data.coco import check_objects, load_coco
 from trt_yolov6.engines.base import BuildSettings
 from trt_yolov6.engines.build import BuiltEngine, check_build
 from trt_yolov6.errors import UserError
-from trt_yolov6.pipeline import GraphOptions, build, export
+from trt_yolov6.pipeline import GraphOptions, build, export, settings_for
 from trt_yolov6.quantization.implicit import implicit_ranges
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.runtime.sensitivity_report import LabelledAp
@@ -103,7 +103,8 @@ def run(
     for note in data_notes(data, report, labelled):
         _log.info(note)
     is_auto = quantization.float_layers == "auto"
-    if backend == "tensorrt" or float_graph:  # as `build` does, see `QuantizationSettings.shift`
+    quantization = settings_for(backend, quantization)
+    if float_graph:  # for TensorRT, too
         quantization = replace(quantization, shift=False)
     start = prepare_graph(
         graph,
