@@ -153,15 +153,31 @@ def match(
     to_detection = np.full((len(thresholds), objects), -1, np.intp)
     if not count or not objects:
         return to_object, to_detection
-    least = np.minimum(thresholds, 1 - 1e-10)
-    rows = np.arange(len(thresholds))
-    for index in np.flatnonzero(overlaps.max(axis=1) >= least.min()):
-        left = np.where(to_detection < 0, overlaps[index], -1.0)
-        # Of several with the same overlap the last one is taken.
-        best = objects - 1 - left[:, ::-1].argmax(axis=1)
-        hit = left[rows, best] >= least
-        to_object[hit, index] = best[hit]
-        to_detection[rows[hit], best[hit]] = index
+    least = np.minimum(thresholds, 1 - 1e-10).tolist()
+    # Few objects come into question for a detection: lists of them are faster than arrays. Of
+    # several with the same overlap the last one is taken.
+    places = np.argwhere(overlaps >= min(least))
+    near: dict[int, list[tuple[float, int]]] = {}
+    for (index, item), overlap in zip(
+        places.tolist(), overlaps[tuple(places.T)].tolist(), strict=True
+    ):
+        near.setdefault(index, []).append((overlap, item))
+    for those in near.values():
+        those.sort(reverse=True)
+    matches: list[tuple[int, int, int]] = []
+    for number, threshold in enumerate(least):
+        taken: set[int] = set()
+        for index, those in near.items():
+            for overlap, item in those:
+                if overlap < threshold:
+                    break
+                if item not in taken:
+                    taken.add(item)
+                    matches.append((number, index, item))
+                    break
+    if matches:
+        rows, indices, items = np.array(matches).T
+        to_object[rows, indices], to_detection[rows, items] = items, indices
     return to_object, to_detection
 
 
