@@ -86,7 +86,7 @@ def test_build_without_arguments_takes_the_sample_and_says_so(
 def test_bench_takes_the_newest_engine_and_writes_the_documented_keys(
     with_engine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "--duration", "0.5", "--json", "out/bench.json", "--quiet"]) == 0
+    assert main(["bench", "--duration", "0.2", "--json", "out/bench.json", "--quiet"]) == 0
     assert "taking the newest, engines/yolov6n.onnx" in capsys.readouterr().out
     value = json.loads((with_engine / "out" / "bench.json").read_text())
     wanted = {"batch", "latency_ms", "throughput_fps", "engine", "precision", "backend", "device"}

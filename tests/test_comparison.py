@@ -94,7 +94,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Plan:
         batches=(1, 4),
         data=data,
         rounds=16,
-        duration=0.4,
+        duration=0.2,
         examples=2,
     )
 
