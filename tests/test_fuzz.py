@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.forks import forked
 
 HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and counts memory as Linux does")
 @pytest.mark.parametrize(
-    "arguments", [["fuzz.py", "--count", "20"], ["kill.py", "--count", "12", "--commands", "build"]]
+    ("program", "options"),
+    [("fuzz", ["--count", "20"]), ("kill", ["--count", "12", "--commands", "build"])],
 )
-def test_mutated_inputs_and_kills_leave_nothing_at_fault(arguments: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, str(HERE / arguments[0]), *arguments[1:]],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+def test_mutated_inputs_and_kills_leave_nothing_at_fault(program: str, options: list[str]) -> None:
+    code = (
+        f"import sys; sys.path.append({str(HERE)!r}); from {program} import main; sys.exit(main())"
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    with forked(code, options) as run:
+        status, words = run.ended()
+    assert status == 0, words
