@@ -27,8 +27,8 @@ from trt_yolov6.quantization.qdq.insert import insert_qdq
 from trt_yolov6.quantization.qdq.placement import (
     Placement,
     Rule,
+    computes_channels_apart,
     is_among_the_last,
-    is_depthwise,
     is_transposed,
     place,
     reads_few_channels,
@@ -412,7 +412,7 @@ class TestRulesToChoose:
         graph.conv("whole", "images", (3, 8))
         graph.conv("depthwise", "whole_out", (8, 8), group=8)
         graph.conv("halves", "depthwise_out", (8, 8), group=2)
-        placement = place(graph.model("halves_out"), exclude_rules=(is_depthwise,))
+        placement = place(graph.model("halves_out"), exclude_rules=(computes_channels_apart,))
         assert set(placement.float_layers) == {"depthwise"}
         # What a layer in float reads is not rounded either.
         assert placement.tensors == ("images", "depthwise_out")

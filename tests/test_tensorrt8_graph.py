@@ -227,6 +227,8 @@ class TestQuantized:
         # Only the weights' DequantizeLinear is gone.
         assert kinds(before) - kinds(result) == {"DequantizeLinear": 1}
         assert_same(before, result)
+        assert weak_graph(before.SerializeToString()).depthwise == 1
+        assert weak_graph(model.SerializeToString()).depthwise == 0  # nothing is INT8
 
     def test_channel_factors_before_a_pair_become_divisors(self) -> None:
         model = quantized(siblings("scaled"))

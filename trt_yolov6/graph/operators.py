@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ def weight_axis(op: str) -> int:
     """Return the axis of output channels in the weights of a convolution."""
     # ConvTranspose keeps them as (in, out / groups, height, width).
     return 1 if op == "ConvTranspose" else 0
+
+
+def is_depthwise(node: onnx.NodeProto, weight_shape: Sequence[int]) -> bool:
+    """Return whether a node is a convolution with a group, and one filter, for each channel."""
+    groups = next((item.i for item in node.attribute if item.name == "group"), 1)
+    return node.op_type == "Conv" and 1 < groups == weight_shape[0]
 
 
 def layer_names(model: onnx.ModelProto) -> dict[str, str]:

@@ -89,6 +89,13 @@ def build_plan(
     if settings.calibration is not None or not has_strong_types(flavour.api):
         calibration = settings.calibration
         weak = weak_graph(model) if calibration is None else implicit_graph(model, calibration.fp16)
+        if weak.depthwise:
+            _LOG.warning(
+                "%s computes the graph's %d depthwise convolutions in float; try fp16 as well, "
+                "which is faster where they are many",
+                flavour,
+                weak.depthwise,
+            )
     with _ONE_BUILD:
         try:
             return _built(flavour, model, weak, settings, set_target)

@@ -28,11 +28,12 @@ from trt_yolov6.graph.editing import (
 from trt_yolov6.graph.index import (
     GraphIndex,
     attributes,
+    constants_of,
     nodes_after_layers,
     tensor_value,
     types_of,
 )
-from trt_yolov6.graph.operators import CONVOLUTIONS, MOVING_OPS, QDQ_OPS
+from trt_yolov6.graph.operators import CONVOLUTIONS, MOVING_OPS, QDQ_OPS, is_depthwise
 from trt_yolov6.graph.quantized import QuantizedLayer, quantized_layers
 
 _ALWAYS_FUSED = (["Relu"], ["LeakyRelu"], ["Clip"])
@@ -57,6 +58,8 @@ class WeakGraph:
     """Tensors that stay in single precision while others are in half: boxes."""
     half_outputs: frozenset[str]
     """Outputs that leave the network in half precision."""
+    depthwise: int = 0
+    """Depthwise convolutions of an INT8 graph, none of which TensorRT 8 computes in INT8."""
 
 
 def weak_graph(content: bytes) -> WeakGraph:
@@ -91,7 +94,15 @@ def weak_graph(content: bytes) -> WeakGraph:
         subtract_borders(model)
         join_siblings(model)
         part_siblings(model)
-    return WeakGraph(model.SerializeToString(), half, quantized, single, half_outputs)
+    weights = constants_of(model)
+    depthwise = sum(
+        quantized
+        and len(node.input) > 1
+        and node.input[1] in weights
+        and is_depthwise(node, weights[node.input[1]].dims)
+        for node in model.graph.node
+    )
+    return WeakGraph(model.SerializeToString(), half, quantized, single, half_outputs, depthwise)
 
 
 def implicit_graph(content: bytes, half: bool) -> WeakGraph:
@@ -239,7 +250,7 @@ def give_depthwise_float_weights(model: onnx.ModelProto) -> None:
     graph = _Graph(model)
     for layer in graph.int8_layers("Conv"):
         values = layer.weights.values()
-        if 1 < len(values) == attributes(layer.node).get("group", 1):
+        if is_depthwise(layer.node, values.shape):
             layer.node.input[1] = graph.constant(f"{layer.output}/float_weight", values)
     graph.write()
 

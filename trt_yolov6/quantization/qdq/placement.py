@@ -17,7 +17,13 @@ import onnx
 from trt_yolov6.errors import UserError
 from trt_yolov6.graph.cost import macs_per_input
 from trt_yolov6.graph.index import GraphIndex, attribute
-from trt_yolov6.graph.operators import ACTIVATIONS, CONVOLUTIONS, MOVING_OPS, layer_names
+from trt_yolov6.graph.operators import (
+    ACTIVATIONS,
+    CONVOLUTIONS,
+    MOVING_OPS,
+    is_depthwise,
+    layer_names,
+)
 from trt_yolov6.quantization.types import QuantizedType
 
 Item = TypeVar("Item")
@@ -220,14 +226,12 @@ def reads_few_channels(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
     return "reads fewer than 16 channels" if channels < 16 else None
 
 
-def is_depthwise(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
+def computes_channels_apart(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
     """TensorRT 8 computes depthwise convolutions in half precision, whatever the graph says.
 
     So rounding what they read would cost accuracy, and save no time.
     """
-    weight = _weight_shape(graph, node)
-    depthwise = node.op_type == "Conv" and 1 < weight[0] == attribute(node, "group", 1)
-    return "is a depthwise convolution" if depthwise else None
+    return "is depthwise" if is_depthwise(node, _weight_shape(graph, node)) else None
 
 
 def is_transposed(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
@@ -299,7 +303,7 @@ def place_for(
     """
     if quantized.is_floating:
         return place(model, exclude, exclude_rules=FP8_RULES, propagate=False)
-    return place(model, exclude, exclude_rules=() if depthwise else (is_depthwise,))
+    return place(model, exclude, exclude_rules=() if depthwise else (computes_channels_apart,))
 
 
 # --- which tensors carry INT8 -------------------------------------------------------------------
