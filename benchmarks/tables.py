@@ -669,7 +669,7 @@ def tensorrt8_again() -> str:
     for (network, gpu, batch, date), times in sorted(runs.items()):
         if (
             batch == 32
-            and network in ("yolov6n", "yolov6s")
+            and network in ("yolov6n", "yolov6s", "yolov6m")
             and {
                 "fp16",
                 "int8",
