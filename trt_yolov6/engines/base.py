@@ -97,8 +97,8 @@ class LoadOptions(Checked):
     """TensorRT: launch a run as one CUDA graph instead of kernel by kernel."""
     decoder: str | None = None
     """Family of a detector without a manifest (see `detectors.families`); None finds out."""
-    preprocess: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Changes to how images are prepared: fields of `Preprocessing` by name."""
+    preprocess: Mapping[str, Any] | None = None
+    """Changes to how images are prepared: fields of `Preprocessing` by name; None changes none."""
     gpu: Annotated[int, Meta(ge=0)] = 0
     """Number of the GPU for ONNX Runtime's providers. TensorRT takes CUDA's current one."""
 

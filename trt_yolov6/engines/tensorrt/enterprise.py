@@ -106,7 +106,7 @@ def load(path: Path, manifest: Manifest | None, options: LoadOptions) -> Engine:
 def has_int8_depthwise() -> bool:
     """Return False for TensorRT 8, which computes depthwise convolutions in half precision.
 
-    So does 8.6.0 on an H200; of 10 and 11 it is not known.
+    Seen in 8.6.0 on an H200; 10 and 11 are untried.
 
     Raises:
         MissingDependencyError: TensorRT is missing.

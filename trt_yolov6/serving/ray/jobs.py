@@ -120,6 +120,7 @@ def infer_on_ray(
     if folder.is_local and Path(source).is_dir():  # what a listing names is meant
         check_outside(Path(output), (Path(one.path).parent for one in pictures))
     place = str(source) if is_address(str(source)) else str(Path(source).absolute())
+    changes = options.load.preprocess or {}
     job = {
         "engine": facts.name,
         "engine_sha256": files.sha256,
@@ -127,7 +128,7 @@ def infer_on_ray(
         "format": form,
         "border": predict.border,
         "decoder": options.load.decoder,
-        "preprocess": {key: str(one) for key, one in options.load.preprocess.items()} or None,
+        "preprocess": {key: str(one) for key, one in changes.items()} or None,
         **dataclasses.asdict(predict.nms()),
     }
     lock = one_writer(Path(output)) if folder.is_local else contextlib.nullcontext()
