@@ -197,9 +197,10 @@ def load_training_set(
         device: device of the batches. The images are held there if they take at most half of its
             free memory, otherwise in host memory, pinned for a GPU.
         on_bad_data: `refuse`: raise after checking everything; `skip`: leave out only what is
-        wrong. progress: show a bar while loading, on a terminal. report_file: JSON file for the
-        report, written if it is not empty. class_names: classes of the checkpoint to train on; a
-        data set with the same classes is put
+            wrong.
+        progress: show a bar while loading, on a terminal.
+        report_file: JSON file for the report, written if it is not empty.
+        class_names: classes of the checkpoint to train on; a data set with the same classes is put
             in their order.
 
     Raises:

@@ -28,7 +28,6 @@ from trt_yolov6.graph.editing import (
 from trt_yolov6.graph.index import (
     GraphIndex,
     attributes,
-    constants_of,
     nodes_after_layers,
     tensor_value,
     types_of,
@@ -94,13 +93,11 @@ def weak_graph(content: bytes) -> WeakGraph:
         subtract_borders(model)
         join_siblings(model)
         part_siblings(model)
-    weights = constants_of(model)
+    graph = GraphIndex(model)
     depthwise = sum(
-        quantized
-        and len(node.input) > 1
-        and node.input[1] in weights
-        and is_depthwise(node, weights[node.input[1]].dims)
-        for node in model.graph.node
+        is_depthwise(node, graph.constants[node.input[1]].dims)
+        for node in graph.nodes
+        if quantized and node.op_type in CONVOLUTIONS and node.input[1] in graph.constants
     )
     return WeakGraph(model.SerializeToString(), half, quantized, single, half_outputs, depthwise)
 
