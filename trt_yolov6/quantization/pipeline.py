@@ -41,7 +41,7 @@ from trt_yolov6.quantization.preparation import (
     weight_tuning,
 )
 from trt_yolov6.quantization.qdq.insert import insert_qdq
-from trt_yolov6.quantization.qdq.placement import Placement, place_for
+from trt_yolov6.quantization.qdq.placement import Placement
 from trt_yolov6.quantization.search import Found, Search
 from trt_yolov6.quantization.settings import (
     QuantizationSettings,
@@ -171,7 +171,7 @@ def _check_graph(graph: Graph, settings: QuantizationSettings) -> None:
             "float32 graph."
         )
     check_weights(graph.model)
-    if not place_for(quantized, graph.model, depthwise=settings.depthwise).layers:
+    if not settings.placement(graph.model).layers:
         why = (
             "they all do little work for each value that is quantized"
             if quantized.is_floating

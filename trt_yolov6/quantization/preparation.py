@@ -27,11 +27,10 @@ from trt_yolov6.quantization.equalization.solve import Solution, equalize, tenso
 from trt_yolov6.quantization.judge import ImageSplit, Judge, batches_of
 from trt_yolov6.quantization.mixed_precision import layer_costs, tensors_for_any_choice
 from trt_yolov6.quantization.qdq.insert import activation_scales, insert_qdq
-from trt_yolov6.quantization.qdq.placement import Placement, place_for
+from trt_yolov6.quantization.qdq.placement import Placement
 from trt_yolov6.quantization.settings import QuantizationSettings
 from trt_yolov6.quantization.statistics import TensorStatistics
 from trt_yolov6.quantization.table import Variant
-from trt_yolov6.quantization.types import QuantizedType
 from trt_yolov6.quantization.weights import WeightTuning
 
 _log = logging.getLogger(__name__)
@@ -72,18 +71,16 @@ class Prepared:
     """A float graph in one variant, with the statistics that calibration needs."""
 
     variant: Variant
-    quantized: QuantizedType
+    settings: QuantizationSettings
     model: onnx.ModelProto
     placement: Placement
     statistics: Mapping[str, TensorStatistics]
-    depthwise: bool
-    """Depthwise convolutions are quantized, too."""
 
     def placed(self, float_layers: tuple[str, ...]) -> Placement:
         """Return the placement with some layers in float."""
         if not float_layers:
             return self.placement
-        return place_for(self.quantized, self.model, float_layers, depthwise=self.depthwise)
+        return self.settings.placement(self.model, float_layers)
 
     @property
     def means(self) -> dict[str, NDArray[np.float64]]:
@@ -105,11 +102,11 @@ class Prepared:
         """Return the Q/DQ graph by a calibrator, with some layers in float."""
         placement = self.placed(float_layers)
         amax = self._ranges(placement, method)
-        return insert_qdq(self.model, placement, amax, quantized=self.quantized)
+        return insert_qdq(self.model, placement, amax, quantized=self.settings.quantized)
 
     def _ranges(self, placement: Placement, method: Method) -> dict[str, float]:
         statistics = {name: self.statistics[name] for name in placement.tensors}
-        amax = group_amax(statistics, placement.groups, method, self.quantized)
+        amax = group_amax(statistics, placement.groups, method, self.settings.quantized)
         return {name: _rounded_up(value) for name, value in amax.items()}
 
 
@@ -153,13 +150,11 @@ def prepare(
     if form is None:
         tensors = tensors_to_measure(graph.model) if variant != "plain" else ()
         form = formed(graph, variant, measured(graph.model, tensors) if tensors else {})
-    placement = place_for(settings.quantized, form.model, depthwise=settings.depthwise)
+    placement = settings.placement(form.model)
     to_align = form.solution is not None and form.shifts_much
     names = quantizable_tensors(form.model, settings) if measure or to_align else ()
     statistics = measured(form.model, names) if names else {}
-    prepared = Prepared(
-        variant, settings.quantized, form.model, placement, statistics, settings.depthwise
-    )
+    prepared = Prepared(variant, settings, form.model, placement, statistics)
     if form.solution is None or not to_align:
         return prepared
     ranges = prepared.ranges(calibrators(settings)[0])
@@ -218,7 +213,7 @@ def quantizable_tensors(model: onnx.ModelProto, settings: QuantizationSettings) 
     """Return the tensors whose statistics calibrating a graph takes."""
     if settings.float_layers != ():
         return tensors_for_any_choice(model)
-    return place_for(settings.quantized, model, depthwise=settings.depthwise).tensors
+    return settings.placement(model).tensors
 
 
 class Fold:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta
 
@@ -13,9 +14,12 @@ from trt_yolov6.graph.model import Graph
 from trt_yolov6.quantization.calibrators import Method, methods_for
 from trt_yolov6.quantization.judge import HARMLESS_NOISE, least_agreement
 from trt_yolov6.quantization.mixed_precision import most_sensitive
-from trt_yolov6.quantization.qdq.placement import place_for
+from trt_yolov6.quantization.qdq.placement import Placement, place_for
 from trt_yolov6.quantization.types import INT8, QuantizedType
 from trt_yolov6.spec import choice_of_layers
+
+if TYPE_CHECKING:
+    import onnx
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class QuantizationSettings(Checked):
     def __post_init__(self) -> None:
         object.__setattr__(self, "float_layers", choice_of_layers(self.float_layers))
         super().__post_init__()
+
+    def placement(self, model: onnx.ModelProto, exclude: Collection[str] = ()) -> Placement:
+        """Decide what to quantize of a float graph; `exclude` names layers that stay in float."""
+        return place_for(self.quantized, model, exclude, depthwise=self.depthwise)
 
 
 def check_settings(settings: QuantizationSettings) -> None:
@@ -108,7 +116,7 @@ def check_float_layers(graph: Graph, settings: QuantizationSettings) -> None:
             least_agreement(settings.max_ap_drop)
         return
     kept = requested if isinstance(requested, tuple) else ()
-    layers = place_for(settings.quantized, graph.model, kept, depthwise=settings.depthwise).layers
+    layers = settings.placement(graph.model, kept).layers
     chosen = most_sensitive(layers, requested) if isinstance(requested, int) else ()
     if len(chosen) == len(layers):
         raise UserError(
